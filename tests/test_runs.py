@@ -1,0 +1,104 @@
+"""The run notebooks, through papermill as people use them, at a tiny setting."""
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from thyroid_rlar.evaluation import RISK, SEGMENTATION
+from thyroid_rlar.runs import EvaluationSettings, RunSettings, read_size
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["-p", "source", "folder", "-p", "data_dir", "data/phantom", "-p", "image_size", "64x96", "-p", "folds", "3", "-p", "stride", "8",
+        "-p", "epochs", "2", "-p", "batch_size", "4", "-p", "device", "cpu"]
+
+
+def papermill(notebook: str, output: Path, *parameters: object) -> subprocess.CompletedProcess:
+    "Run a notebook from another folder than the checkout, as a user might."
+    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs/runs" / notebook), str(output), "--no-progress-bar", *map(str, parameters)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=output.parent, timeout=900)
+
+
+def parameters_cell(notebook: str) -> dict[str, object]:
+    nb = nbformat.read(ROOT / "nbs/runs" / notebook, 4)
+    source, = [cell.source for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run with spaces é")
+    done = papermill("train.ipynb", folder / "train.ipynb", *TINY, "-p", "out_dir", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_the_parameters_cell_names_every_parameter_with_its_default():
+    cell, settings = parameters_cell("train.ipynb"), asdict(RunSettings())
+    assert cell | {"image_size": read_size(cell["image_size"])} == settings
+    assert parameters_cell("evaluate.ipynb").keys() == EvaluationSettings.__dataclass_fields__.keys()
+
+
+def test_run_folder_is_complete(run_dir):
+    for name in ("params.json", "train.ipynb", "report.html", "metrics.json", "history.parquet", "predictions.parquet", "nodules.parquet",
+                 "latents/000.npz", "latents/001.npz", "model.safetensors", "model.json", "checkpoint/state.pt"):
+        assert (run_dir / name).stat().st_size > 0, name
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    for group, names in (("segmentation", SEGMENTATION), ("risk", RISK)):
+        for name in names: assert {"value", "low", "high", "n"} <= metrics[group][name].keys(), name
+    assert metrics["segmentation"]["dice"]["low"] <= metrics["segmentation"]["dice"]["value"] <= metrics["segmentation"]["dice"]["high"]
+    assert {name: len(metrics["rlar"][name]) for name in ("excess", "excess_shuffled", "strength", "cos_std")} == dict.fromkeys(
+        ("excess", "excess_shuffled", "strength", "cos_std"), 2)
+    assert metrics["images"] == len(pd.read_parquet(run_dir / "predictions.parquet"))
+
+
+def test_report_opens_offline(run_dir):
+    text = (run_dir / "report.html").read_text(encoding="utf-8")
+    assert "research only" in text.lower() and "medical device" in text.lower()
+    assert '<script src=' not in text and 'href="http' not in text.split("<script", 1)[0]
+
+
+def test_a_run_repeats_itself(run_dir, tmp_path):
+    done = papermill("train.ipynb", tmp_path / "train.ipynb", *TINY, "-p", "out_dir", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "model.safetensors").read_bytes() == (run_dir / "model.safetensors").read_bytes()
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "predictions.parquet"), pd.read_parquet(run_dir / "predictions.parquet"))
+
+
+def test_evaluate_agrees_with_the_run(run_dir, tmp_path):
+    done = papermill("evaluate.ipynb", tmp_path / "evaluate.ipynb", "-p", "run_dir", run_dir, "-p", "out_dir", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    trained, evaluated = (json.loads((folder / "metrics.json").read_text()) for folder in (run_dir, tmp_path))
+    assert evaluated["segmentation"] == trained["segmentation"] and evaluated["risk"] == trained["risk"]
+
+
+@pytest.mark.parametrize("notebook, parameters, message", [
+    ("train.ipynb", ["-p", "rlar_lambda", "3"], "rlar_weight"),
+    ("train.ipynb", ["-p", "objective", "rlra"], "rlar_shuffled"),
+    ("train.ipynb", ["-p", "fold", "7"], "0 to 4 or all"),
+    ("train.ipynb", ["-p", "source", "ddti"], "data_dir"),
+    ("train.ipynb", ["-p", "source", "folder", "-p", "data_dir", "no/such/folder"], "no/such/folder"),
+    ("evaluate.ipynb", ["-p", "rundir", "x"], "run_dir"),
+    ("evaluate.ipynb", ["-p", "run_dir", "no/such/run"], "no/such/run"),
+])
+def test_what_is_wrong_is_an_error_that_says_what_is_right(tmp_path, notebook, parameters, message):
+    done = papermill(notebook, tmp_path / "out.ipynb", *parameters, *(["-p", "out_dir", tmp_path / "run"] if notebook == "train.ipynb" else []))
+    assert done.returncode != 0 and message in done.stderr, done.stderr[-2000:]
+
+
+def test_compare_pools_and_pairs(run_dir, tmp_path):
+    done = papermill("train.ipynb", tmp_path / "train.ipynb", *TINY, "-p", "out_dir", tmp_path / "sum", "-p", "objective", "sum")
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.copytree(run_dir, tmp_path / "rlar")
+    parameters = ["-p", "runs_dir", tmp_path, "-p", "baseline", "sum shared_map", "-p", "fresh_heads", True]
+    done = papermill("compare.ipynb", tmp_path / "compare.ipynb", *parameters)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results, differences = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("out_of_fold", "differences"))
+    assert set(results.method) == {"sum shared_map", "rlar shared_map"} and (results.low <= results.value).all()
+    assert set(differences.metric) == {"dice", "excess", "excess_shuffled", "excess_fresh", "auroc_high", "qwk"}
