@@ -479,6 +479,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/thyroid_rlar', 'doc_host':
                                    'thyroid_rlar.runs.check_evaluation': ('runs.html#check_evaluation', 'thyroid_rlar/runs.py'),
                                    'thyroid_rlar.runs.check_names': ('runs.html#check_names', 'thyroid_rlar/runs.py'),
                                    'thyroid_rlar.runs.check_parameters': ('runs.html#check_parameters', 'thyroid_rlar/runs.py'),
+                                   'thyroid_rlar.runs.check_resume': ('runs.html#check_resume', 'thyroid_rlar/runs.py'),
                                    'thyroid_rlar.runs.evidence_r2': ('runs.html#evidence_r2', 'thyroid_rlar/runs.py'),
                                    'thyroid_rlar.runs.from_notebook': ('runs.html#from_notebook', 'thyroid_rlar/runs.py'),
                                    'thyroid_rlar.runs.gallery_items': ('runs.html#gallery_items', 'thyroid_rlar/runs.py'),

@@ -38,6 +38,8 @@ def read_runs(folder: str | Path, name: str = "predictions.parquet") -> pd.DataF
         p = json.loads((path.parent / "params.json").read_text())["parameters"]
         key = json.dumps({k: v for k, v in p.items() if k not in PER_FOLD}, sort_keys=True)
         table = pd.read_parquet(path)
+        table = table[table.split == "test"]               # a run on all folds reports validation images: those are not out of fold
+        if table.empty: continue
         tables.append(table.assign(settings=key, objective=p["objective"], network=p["network"], fold=p["fold"], run=str(path.parent)))
     if not tables: raise FileNotFoundError(f"{folder}: no run folders with {name} and params.json below it")
     runs = pd.concat(tables, ignore_index=True)

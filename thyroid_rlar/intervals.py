@@ -61,7 +61,10 @@ def resample_groups(
     codes, names = pd.factorize(np.asarray(groups))
     if (codes < 0).any():
         raise ValueError(f"group missing in {(codes < 0).sum()} of {len(codes)} rows, expected one for each")
-    rng, chance = np.random.default_rng(seed), np.full(len(names), 1 / max(len(names), 1))
+    if not len(names):
+        yield np.zeros((n_boot, 0))
+        return
+    rng, chance = np.random.default_rng(seed), np.full(len(names), 1 / len(names))
     step = max(1, _BLOCK // max(len(codes), 1))
     for start in range(0, n_boot, step):
         yield rng.multinomial(len(names), chance, size=min(step, n_boot - start))[:, codes].astype(float)

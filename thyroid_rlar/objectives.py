@@ -46,6 +46,7 @@ def segmentation_loss(logits: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
 # %% ../nbs/45_objectives.ipynb #010
 def evidence_loss(predicted: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor]:
     "Smooth L1 over the measured items: (B,R), NaN where not measured -> (B,) and which images have any item (B,) bool."
+    if not predicted.shape[1]: return predicted.new_zeros(len(predicted)), torch.zeros(len(predicted), dtype=torch.bool, device=predicted.device)
     measured = evidence.isfinite()
     target = torch.where(measured, evidence, 0.0)
     error = F.smooth_l1_loss(predicted, target.to(predicted.dtype), reduction="none") * measured

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'RANGES', 'PACKAGES', 'RunSettings', 'ParameterError', 'read_size', 'check_names', 'check_parameters',
-           'parameters_of', 'from_notebook', 'run_folder', 'one_reader', 'open_source', 'RunData', 'load_data',
-           'make_rlar', 'make_trainer', 'predict_batch', 'Predictions', 'predict', 'run_metrics', 'evidence_r2',
-           'gallery_items', 'EvaluationSettings', 'TrainedRun', 'check_evaluation', 'load_run', 'open_evaluation']
+           'parameters_of', 'from_notebook', 'check_resume', 'run_folder', 'one_reader', 'open_source', 'RunData',
+           'load_data', 'make_rlar', 'make_trainer', 'predict_batch', 'Predictions', 'predict', 'run_metrics',
+           'evidence_r2', 'gallery_items', 'EvaluationSettings', 'TrainedRun', 'check_evaluation', 'load_run',
+           'open_evaluation']
 
 # %% ../nbs/55_runs.ipynb #003
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -94,28 +96,29 @@ class ParameterError(ValueError):
 # %% ../nbs/55_runs.ipynb #011
 def read_size(value: object) -> tuple[int, int]:
     "(height, width) from 160, '160x224' or [160, 224]. Raises ParameterError unless both are multiples of 32."
-    parts = str(value).lower().split("x") if isinstance(value, (str, int)) else list(value)
+    parts = value if isinstance(value, (list, tuple)) else str(value).lower().split("x")
     try: size = tuple(int(p) for p in parts)
-    except ValueError: size = ()
+    except (TypeError, ValueError): size = ()
     size = size * 2 if len(size) == 1 else size
     if len(size) != 2 or any(s < 32 or s % 32 for s in size):
         raise ParameterError(f"image_size: found {value!r}, expected height x width in multiples of 32, such as 160x224")
     return size
 
+_FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
 def _typed(name: str, value: object, default: object) -> object:
     "The value in its default's type; papermill's command line gives numbers as numbers and everything else as text."
+    text = str(value).strip()
     if name == "image_size": return read_size(value)
-    if name == "fold": return value if value == "all" else _typed("folds", value, 0)
+    if name == "fold" and text == "all": return text
+    if default is None: return None if value is None else text
     if isinstance(default, bool):
-        if value in (True, False, "true", "false", "True", "False", 0, 1): return str(value).lower() in ("true", "1")
-    elif isinstance(default, int) and not isinstance(value, bool):
-        try:
-            if float(value) == int(float(value)): return int(float(value))
-        except (TypeError, ValueError): pass
-    elif isinstance(default, float) and not isinstance(value, bool):
-        try: return float(value)
-        except (TypeError, ValueError): pass
-    else: return None if value is None else str(value)
+        if text.lower() in _FLAGS: return _FLAGS[text.lower()]
+    elif isinstance(default, (int, float)):
+        try: number = float(text)
+        except ValueError: number = math.nan
+        if math.isfinite(number) and (isinstance(default, float) or number == int(number)): return type(default)(number)
+    elif isinstance(value, str): return text
     raise ParameterError(f"{name}: found {value!r}, expected {type(default).__name__}")
 
 # %% ../nbs/55_runs.ipynb #012
@@ -156,9 +159,19 @@ def _version(name: str) -> str:
     try: return version(name)
     except PackageNotFoundError: return "not installed"
 
+def check_resume(s: RunSettings, folder: Path) -> None:
+    "Raise ParameterError unless the folder holds a run with the same parameters: another run's weights may have seen the images to report."
+    path = folder / "params.json"
+    if not path.is_file(): raise ParameterError(f"resume: no params.json in {folder}, so there is no run to go on with")
+    before, now = asdict(check_parameters(json.loads(path.read_text())["parameters"])), asdict(s)
+    free = ("resume", "out_dir", "device", "num_workers", "tensorboard")
+    if changed := [f"{k} (was {before[k]!r}, now {v!r})" for k, v in now.items() if k not in free and before[k] != v]:
+        raise ParameterError(f"resume: the run in {folder} has other parameters: {', '.join(changed)}; expected the same")
+
 def run_folder(s: RunSettings) -> Path:
     "The run's folder, made if needed, with params.json in it. Raises DataError when it cannot be written."
     folder = resolve(s.out_dir or f"runs/{s.source}-{s.objective}-f{s.fold}-s{s.seed}")
+    if s.resume: check_resume(s, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "params.json", {
@@ -219,7 +232,8 @@ def load_data(s: RunSettings, manifest: Manifest, progress: bool = True) -> RunD
     values = measured[names].to_numpy(float)
     scaler = EvidenceScaler().fit(values[split.train])
     target = scaler.transform(values)
-    if s.evidence_shuffled: target = target[np.random.default_rng(s.seed).permutation(len(target))]
+    if s.evidence_shuffled:                                # only in training: held-out evidence stays true
+        target[split.train] = target[np.random.default_rng(s.seed).permutation(split.train)]
     prepared, grades = _disturb(s, manifest, prepared, split)
     return RunData(manifest, split, NoduleData(prepared, target, grades, s.seed), measured, scaler)
 
@@ -327,9 +341,14 @@ def check_evaluation(values: Mapping[str, object]) -> EvaluationSettings:
     check_names(values, [f.name for f in fields(EvaluationSettings)])
     for name, choices in (("source", (None, *CHOICES["source"])), ("part", ("auto", "test", "all"))):
         if values.get(name, choices[0]) not in choices: raise ParameterError(f"{name}: found {values[name]!r}, expected one of {choices}")
-    run_dir = resolve(values["run_dir"])
+    run_dir = resolve(values.get("run_dir") or "")
+    for name in ("model.json", "model.safetensors", "params.json"):
+        if not (run_dir / name).is_file(): raise ParameterError(f"run_dir: no {name} in {run_dir}, expected the folder of a finished run")
+    if values.get("source") in ("ddti", "folder") and not values.get("data_dir"):
+        raise ParameterError(f"data_dir: found None, expected the folder of source {values['source']!r}")
     out_dir = resolve(values.get("out_dir") or run_dir / "evaluation")
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try: out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise DataError(out_dir, "out_dir", str(error), "a folder that can be written") from error
     return EvaluationSettings(run_dir, values.get("source"), values.get("data_dir"), out_dir, values.get("part", "auto"))
 
 def load_run(folder: str | Path) -> TrainedRun:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 
 # %% ../nbs/50_training.ipynb #004
@@ -191,8 +192,10 @@ class RunLog:
             table = pd.concat(getattr(self, name), ignore_index=True)
             atomically(self.folder / f"{name}.parquet", table.to_parquet)
 
-    def load(self) -> None:
-        self.history, self.nodules = ([pd.read_parquet(self.folder / f"{n}.parquet")] for n in ("history", "nodules"))
+    def load(self, epochs: int) -> None:
+        "Read the tables back, up to the epoch that the checkpoint stands at: a run killed while writing may be one ahead."
+        tables = (pd.read_parquet(self.folder / f"{n}.parquet") for n in ("history", "nodules"))
+        self.history, self.nodules = ([t[t.epoch < epochs]] for t in tables)
 
     def add_nodules(self, table: pd.DataFrame) -> None:
         self.nodules.append(table.assign(image_id=[self.image_ids[i] for i in table.row]))
@@ -293,6 +296,9 @@ def train_epoch(t: Trainer, bar: tqdm) -> float:
         bar.update()
     steps = log.collect()
     check_finite(steps, log, t.epoch, t.log.image_ids)
+    if not all(w.isfinite().all() for w in t.average.net.state_dict().values()):
+        raise TrainingStopped(f"epoch {t.epoch}: the weights are no longer finite after its last step. "
+                              "The checkpoint of the last good epoch is kept.")
     t.log.history.append(steps.assign(kind="step", split="train", epoch=t.epoch, step=np.arange(len(steps)), lr=rates))
     return time.perf_counter() - start
 
@@ -307,15 +313,16 @@ def end_epoch(t: Trainer, seconds: float, bar: tqdm) -> None:
     t.log.history.append(summary)
     t.log.add_nodules(nodules)
     row = summary.loc[last]
-    loss = float(np.nansum([t.objective.weights[k] * row[f"loss_{k}"] for k in ("seg", "risk")]))
-    better, t.epoch = loss < t.best, t.epoch + 1
+    losses = [t.objective.weights[k] * row[f"loss_{k}"] for k in ("seg", "risk") if np.isfinite(row[f"loss_{k}"])]
+    loss = float(sum(losses)) if losses else math.nan              # without any validation label: keep the last weights
+    better, t.epoch = not losses or loss < t.best, t.epoch + 1
     if better: t.best, t.best_epoch = loss, t.epoch - 1
     if t.accelerator.is_main_process:
         if better: save_model(net, t.folder, **t.model_info)
         if (t.epoch - 1) % s.latent_every == 0 or t.epoch == s.epochs: t.log.save_latents(t.epoch - 1, nodules, z)
         t.log.save()
         save_checkpoint(t)
-    if s.tensorboard: t.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=t.epoch)
+    if s.tensorboard: t.accelerator.log({k: float(v) for k, v in row.items() if isinstance(v, Real) and np.isfinite(v)}, step=t.epoch)
     bar.set_postfix(loss=f"{loss:.3f}", dice=f"{row.dice:.3f}", cos=f"{row[f'cos_{t.watch.rlar.where}_mean']:+.3f}")
 
 # %% ../nbs/50_training.ipynb #033
@@ -342,4 +349,4 @@ def load_checkpoint(t: Trainer) -> None:
     torch.set_rng_state(state["torch_rng"])
     if state["cuda_rng"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state["cuda_rng"])
     if hasattr(t.objective, "generator"): t.objective.generator.set_state(state["objective_rng"])
-    t.log.load()
+    t.log.load(t.epoch)
