@@ -475,7 +475,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/thyroid_rlar', 'doc_host':
                                    'thyroid_rlar.runs.TrainedRun': ('runs.html#trainedrun', 'thyroid_rlar/runs.py'),
                                    'thyroid_rlar.runs._disturb': ('runs.html#_disturb', 'thyroid_rlar/runs.py'),
                                    'thyroid_rlar.runs._typed': ('runs.html#_typed', 'thyroid_rlar/runs.py'),
-                                   'thyroid_rlar.runs._version': ('runs.html#_version', 'thyroid_rlar/runs.py'),
                                    'thyroid_rlar.runs.check_evaluation': ('runs.html#check_evaluation', 'thyroid_rlar/runs.py'),
                                    'thyroid_rlar.runs.check_names': ('runs.html#check_names', 'thyroid_rlar/runs.py'),
                                    'thyroid_rlar.runs.check_parameters': ('runs.html#check_parameters', 'thyroid_rlar/runs.py'),

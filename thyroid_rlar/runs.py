@@ -12,10 +12,8 @@ __all__ = ['CHOICES', 'RANGES', 'PACKAGES', 'RunSettings', 'ParameterError', 're
 # %% ../nbs/55_runs.ipynb #003
 import json
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # %% ../nbs/55_runs.ipynb #004
@@ -34,6 +32,7 @@ from .phantom import write_phantoms
 from .radiomics import EVIDENCE, EvidenceScaler, measure_manifest
 from .readers import noisy_grades, noisy_mask
 from .records import DataError, Manifest, resolve
+from .report import versions
 from .rlar import FORMS, MODES, RLAR, WHERE
 from .training import PRECISIONS, SCHEDULES, FitSettings, Trainer
 
@@ -153,11 +152,7 @@ def from_notebook(variables: Mapping[str, object], before: Sequence[str]) -> Run
     return check_parameters(parameters_of(variables, before))
 
 # %% ../nbs/55_runs.ipynb #016
-PACKAGES = ("thyroid_rlar", "torch", "timm", "accelerate", "monai", "pyradiomics-bhklab", "numpy", "pandas", "scikit-learn")
-
-def _version(name: str) -> str:
-    try: return version(name)
-    except PackageNotFoundError: return "not installed"
+PACKAGES = ("torch", "timm", "accelerate", "monai", "pyradiomics-bhklab", "numpy", "pandas", "scikit-learn")
 
 def check_resume(s: RunSettings, folder: Path) -> None:
     "Raise ParameterError unless the folder holds a run with the same parameters: another run's weights may have seen the images to report."
@@ -172,11 +167,12 @@ def run_folder(s: RunSettings) -> Path:
     "The run's folder, made if needed, with params.json in it. Raises DataError when it cannot be written."
     folder = resolve(s.out_dir or f"runs/{s.source}-{s.objective}-f{s.fold}-s{s.seed}")
     if s.resume: check_resume(s, folder)
+    found = versions(PACKAGES)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "params.json", {
-            "parameters": {**asdict(s), "out_dir": str(folder)}, "python": platform.python_version(), "platform": platform.platform(),
-            "versions": {name: _version(name) for name in PACKAGES}})
+            "parameters": {**asdict(s), "out_dir": str(folder)}, "python": found.pop("python"), "platform": found.pop("platform"),
+            "versions": found})
     except OSError as error:
         raise DataError(folder, "out_dir", str(error), "a folder that can be written, with room on its disk") from error
     return folder
