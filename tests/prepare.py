@@ -29,10 +29,17 @@ def strip_widget_state(root: Path) -> None:
         if nb.metadata.pop("widgets", None) is not None: nbformat.write(nb, path)
 
 
+def _shown_only(cell: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    "What a code cell shows, without the code."
+    [output] = cell.outputs
+    return nbformat.v4.new_markdown_cell(output.data["text/markdown"])
+
+
 def readme(root: Path) -> str:
     "The front page: nbs/index.ipynb in Markdown, its relative links counted from the top of the repository."
     nb = nbformat.read(root / "nbs" / "index.ipynb", as_version=4)
     nb.cells = [cell for cell in nb.cells if not cell.source.lstrip().startswith("#| hide")]
+    nb.cells = [_shown_only(cell) if cell.source.startswith("#| echo: false") else cell for cell in nb.cells]
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = LINK.sub(lambda link: posixpath.normpath(posixpath.join("nbs", link[0])), cell.source)

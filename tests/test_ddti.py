@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from thyroid_rlar.ddti import FLAGS, clean_regions, clip_polygon, normal_term, read_case, read_ddti, read_regions, self_intersects
-from thyroid_rlar.images import DataError, fill_contours
-from thyroid_rlar.records import digest, shared_data
+from thyroid_rlar.files import DataError, digest, shared_data
+from thyroid_rlar.images import fill_contours
 from thyroid_rlar.tirads import DDTI
 
 SHAPE = (50, 64)

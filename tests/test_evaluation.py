@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from monai.metrics import DiceMetric, MeanIoU, compute_hausdorff_distance
 
 from thyroid_rlar import evaluation as ev
+from thyroid_rlar.files import DataError
 from thyroid_rlar.tirads import ACR, DDTI, Scale
 
 NAN = math.nan
@@ -318,7 +319,7 @@ def test_write_json_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DataError, match="No space left.*expected free space"):
         ev.write_json(path, {"run": 2})
     assert json.loads(path.read_text()) == {"run": 1} and os.listdir(tmp_path) == ["x.json"]
 

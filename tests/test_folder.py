@@ -10,8 +10,9 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.pixels import convert_color_space
 from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage
 
+from thyroid_rlar.files import DataError
 from thyroid_rlar.folder import FLAGS, check_mask, dicom_facts, read_folder, read_table
-from thyroid_rlar.images import DataError, read_gray
+from thyroid_rlar.images import read_gray
 from thyroid_rlar.phantom import write_phantoms
 from thyroid_rlar.tirads import ACR, DDTI
 

@@ -12,8 +12,8 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter
 from scipy.spatial import ConvexHull
 
 from thyroid_rlar import phantom as ph
+from thyroid_rlar.files import DataError, project_root
 from thyroid_rlar.folder import read_folder
-from thyroid_rlar.records import DataError, project_root
 from thyroid_rlar.tirads import ACR, POINTS, Descriptors, level, points
 
 SEEDS = range(8)

@@ -15,8 +15,9 @@ from radiomics.featureextractor import RadiomicsFeatureExtractor
 from scipy import ndimage
 
 from thyroid_rlar import radiomics
+from thyroid_rlar.files import DataError, shared_data
 from thyroid_rlar.radiomics import EVIDENCE, NAMES, EvidenceScaler, measure, measure_manifest
-from thyroid_rlar.records import DataError, Manifest, shared_data
+from thyroid_rlar.records import Manifest
 from thyroid_rlar.tirads import DDTI
 
 
@@ -249,7 +250,7 @@ def test_a_broken_cache_is_measured_anew_and_replaced(manifest, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_a_warning(manifest, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    with pytest.warns(UserWarning, match="not writable"):
+    with pytest.warns(UserWarning, match="expected a folder; the evidence measured now is not kept"):
         table = measure_manifest(manifest, tmp_path / "file" / "cache", n_jobs=1, progress=False)
     def full(self, path): open(path, "w").write("half"); raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(pd.DataFrame, "to_parquet", full)

@@ -11,6 +11,7 @@ from scipy import ndimage
 from sklearn.metrics import cohen_kappa_score
 
 from thyroid_rlar import readers
+from thyroid_rlar.files import DataError, shared_data
 from thyroid_rlar.readers import (
     CODES,
     ITEMS,
@@ -32,7 +33,6 @@ from thyroid_rlar.readers import (
     reader_confusion,
     write_reader_confusion,
 )
-from thyroid_rlar.records import DataError, shared_data
 from thyroid_rlar.tirads import ACR, DDTI, POINTS, Descriptors
 
 FOLDER = shared_data("readers")

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from thyroid_rlar import records
-from thyroid_rlar.images import DataError, examine, fill_contours, inside, read_gray, read_mask
+from thyroid_rlar import files, records
+from thyroid_rlar.files import DataError, inside
+from thyroid_rlar.images import examine, fill_contours, read_gray, read_mask
 from thyroid_rlar.records import Manifest, group_images
 from thyroid_rlar.tirads import ACR, DDTI
 
@@ -143,15 +144,15 @@ def test_a_root_that_is_itself_a_link_is_fine(tmp_path):
 def test_shared_data_follows_the_variable(tmp_path, monkeypatch):
     (tmp_path / "ddti").mkdir()
     monkeypatch.setenv("THYROID_RLAR_DATA", str(tmp_path))
-    assert records.shared_data("ddti") == (tmp_path / "ddti").resolve()
-    assert records.shared_data("readers") is None
+    assert files.shared_data("ddti") == (tmp_path / "ddti").resolve()
+    assert files.shared_data("readers") is None
 
 
 def test_paths_do_not_depend_on_where_we_are(tmp_path, monkeypatch):
-    before = records.resolve("data")
-    monkeypatch.chdir(records.project_root() / "nbs")
-    assert records.resolve("data") == before
-    assert records.resolve(tmp_path) == tmp_path.resolve()
+    before = files.resolve("data")
+    monkeypatch.chdir(files.project_root() / "nbs")
+    assert files.resolve("data") == before
+    assert files.resolve(tmp_path) == tmp_path.resolve()
 
 
 # ---- contours and masks ---------------------------------------------------------------------------------------------
@@ -295,7 +296,7 @@ def test_parquet_trouble_is_a_data_error(manifest, tmp_path):
     with pytest.raises(DataError): Manifest.from_parquet(tmp_path / "bad.parquet")
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(DataError): Manifest.from_parquet(tmp_path / "other.parquet")
-    with pytest.raises(DataError): manifest.to_parquet(tmp_path / "no such folder" / "m.parquet")
+    with pytest.raises(DataError): manifest.to_parquet(tmp_path / "other.parquet" / "m.parquet")
 
 
 def test_data_error_survives_worker_processes():

@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 from thyroid_rlar import figures as fg
 from thyroid_rlar import report as rp
 from thyroid_rlar.evaluation import SEGMENTATION, evaluate, probability_columns, reliability_curve
+from thyroid_rlar.files import DataError
 from thyroid_rlar.tirads import ACR, DDTI
 
 EVIL = '<script>alert("{}")</script><img src=x onerror=alert(1)>'
@@ -224,7 +225,7 @@ def test_report_on_a_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DataError, match="expected free space on this disk"):
         rp.write_report(path, "t", [], {})
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["report.html"]
 

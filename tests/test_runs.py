@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 from thyroid_rlar.evaluation import RISK, SEGMENTATION
-from thyroid_rlar.runs import EvaluationSettings, RunSettings, read_size
+from thyroid_rlar.predictions import EvaluationSettings
+from thyroid_rlar.runs import RunSettings, read_size
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["-p", "source", "folder", "-p", "data_dir", "data/phantom", "-p", "image_size", "64x96", "-p", "folds", "3", "-p", "stride", "8",
@@ -102,3 +103,44 @@ def test_compare_pools_and_pairs(run_dir, tmp_path):
     results, differences = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("out_of_fold", "differences"))
     assert set(results.method) == {"sum shared_map", "rlar shared_map"} and (results.low <= results.value).all()
     assert set(differences.metric) == {"dice", "excess", "excess_shuffled", "excess_fresh", "auroc_high", "qwk"}
+
+
+# ---- what else people run ---------------------------------------------------------------------------------------------
+
+def metrics_of(folder: Path) -> dict: return json.loads((folder / "metrics.json").read_text())
+
+
+def test_segmentation_alone_on_a_unet_reports_no_grade(tmp_path):
+    parameters = ["-p", "out_dir", tmp_path, "-p", "objective", "seg_only", "-p", "network", "unet"]
+    done = papermill("train.ipynb", tmp_path / "train.ipynb", *TINY, *parameters)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = metrics_of(tmp_path)
+    assert metrics["segmentation"]["dice"]["n"] > 0 and {m["n"] for m in metrics["risk"].values()} == {0}
+    assert not [c for c in pd.read_parquet(tmp_path / "predictions.parquet") if c.startswith("p_")] and "evidence_r2" not in metrics
+
+
+def test_risk_alone_on_all_folds_reports_the_validation_part_and_no_contour(tmp_path):
+    done = papermill("train.ipynb", tmp_path / "train.ipynb", *TINY, "-p", "out_dir", tmp_path, "-p", "objective", "risk_only", "-p", "fold", "all")
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics, split = metrics_of(tmp_path), pd.read_parquet(tmp_path / "split.parquet")
+    assert metrics["risk"]["qwk"]["n"] > 0 and metrics["segmentation"]["dice"]["n"] == 0
+    assert set(split.split) == {"train", "val"} and set(pd.read_parquet(tmp_path / "predictions.parquet").split) == {"val"}
+
+
+def test_images_without_grades_train_the_contour_and_resume_goes_on(tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(ROOT / "data/phantom", data)
+    pd.read_csv(data / "labels.csv").assign(grade="").to_csv(data / "labels.csv", index=False)
+    out = tmp_path / "run"
+    parameters = [*TINY, "-p", "data_dir", data, "-p", "out_dir", out]
+    done = papermill("train.ipynb", tmp_path / "train.ipynb", *parameters)
+    assert done.returncode == 0 and "not trained and not reported" in (tmp_path / "train.ipynb").read_text(), done.stderr[-3000:]
+    first = pd.read_parquet(out / "history.parquet")
+    assert metrics_of(out)["segmentation"]["dice"]["n"] > 0 and metrics_of(out)["risk"]["qwk"]["n"] == 0
+
+    (out / "metrics.json").unlink()                # as if the run had been stopped after its last epoch
+    done = papermill("train.ipynb", tmp_path / "again.ipynb", *parameters, "-p", "resume", True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "history.parquet"), first)
+    done = papermill("train.ipynb", tmp_path / "other.ipynb", *parameters, "-p", "fold", 1, "-p", "resume", True)
+    assert done.returncode != 0 and "fold (was 0, now 1)" in done.stderr, done.stderr[-2000:]

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage as ndi
 
+from thyroid_rlar.files import shared_data
 from thyroid_rlar.phantom import make_phantom
-from thyroid_rlar.records import shared_data
 from thyroid_rlar.sector import clean_image, find_sector, straddles
 
 WORDS = ("TIRADS 4C (4C)", "IZQ", "DER - ITSMO", "PAT CA PAPILAR", "12L6", "31fps", "DR65", "0", "5", "2DG 90", "NODULO SUPERIOR")

@@ -19,8 +19,9 @@ import defusedxml.ElementTree as ElementTree
 import numpy as np
 import pandas as pd
 
-from .images import DataError, ImageFacts, examine, inside
-from .records import Manifest, group_images, left_out_table, resolve
+from .files import DataError, inside, resolve
+from .images import ImageFacts, examine
+from .records import Manifest, group_images, left_out_table
 from .tirads import DDTI
 
 # %% ../nbs/10_ddti.ipynb #007

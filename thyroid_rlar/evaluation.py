@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['SEGMENTATION', 'RISK', 'dice', 'iou', 'hd95', 'boundary_f1', 'per_image_segmentation', 'probability_columns',
-           'graded_rows', 'auroc_high', 'auroc_per_grade', 'auroc_macro', 'confusion', 'balanced_accuracy', 'f1_macro',
-           'qwk', 'ece', 'per_case', 'evaluate', 'reliability_curve', 'write_text', 'write_json']
+           'median_grade', 'graded_rows', 'auroc_high', 'auroc_per_grade', 'auroc_macro', 'confusion',
+           'balanced_accuracy', 'f1_macro', 'qwk', 'ece', 'per_case', 'evaluate', 'reliability_curve', 'write_json']
 
 # %% ../nbs/60_evaluation.ipynb #003
 import json
 import math
 import os
-import uuid
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ import pandas as pd
 from scipy.ndimage import binary_erosion
 from scipy.spatial import KDTree
 
+from .files import write_text
 from .intervals import Statistic, bootstrap, percentile_interval, ratio, resample_groups, weighted_mean
 from .tirads import Scale
 
@@ -128,6 +128,11 @@ class _Graded(NamedTuple):
 def probability_columns(scale: Scale) -> list[str]:
     """Names of the probability columns, low to high: `p_2`, `p_3`, `p_4a`, ..."""
     return [f"p_{grade}" for grade in scale.grades]
+
+
+def median_grade(probabilities: pd.DataFrame) -> pd.Series:
+    """Index of the first grade, low to high, at which the cumulative probability reaches one half: columns as `probability_columns`."""
+    return (probabilities.cumsum(axis=1) < 0.5).sum(axis=1).clip(upper=probabilities.shape[1] - 1)
 
 
 def graded_rows(predictions: pd.DataFrame, scale: Scale) -> np.ndarray:
@@ -252,7 +257,8 @@ def per_case(
     predictions: pd.DataFrame,  # one row an image
     scale: Scale,
 ) -> pd.DataFrame:  # one row a case, the same columns, and `images`, how many it has
-    """Means of contour metrics and grade probabilities over a case's images; missing values are left out."""
+    """Means of contour metrics and grade probabilities over a case's images; missing values are left out. Where images have a
+    `predicted_index`, a case's is the median of its mean distribution."""
     graded_rows(predictions, scale)
     means = [c for c in (*SEGMENTATION, *probability_columns(scale)) if c in predictions]
     by_case = predictions.groupby("case_id", sort=False)
@@ -260,6 +266,7 @@ def per_case(
     table.insert(0, "group", by_case["group"].first())
     table.insert(1, "images", by_case.size())
     table["grade_index"] = by_case["grade_index"].max().astype("Int64")
+    if "predicted_index" in predictions: table["predicted_index"] = median_grade(table[probability_columns(scale)])
     return table.reset_index()
 
 # %% ../nbs/60_evaluation.ipynb #046
@@ -356,26 +363,6 @@ def _plain(obj: object) -> object:
     return obj
 
 # %% ../nbs/60_evaluation.ipynb #057
-def write_text(
-    path: str | os.PathLike,  # its folder is made when missing
-    text: str,
-) -> Path:
-    """Write a UTF-8 file whole or not at all: a temporary file in the same folder, then `os.replace`. OSError when it cannot."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:  # not mkstemp, whose files are their owner's alone
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
-
-
 def write_json(
     path: str | os.PathLike,
     obj: object,  # dicts, lists, numpy, pandas, paths

@@ -182,6 +182,7 @@ def best_median_worst(
     column: str = "dice",
 ) -> pd.DataFrame:  # at most 3n rows of predictions in falling order, with `rank`: best, median or worst
     """The images with the highest, middle and lowest values; images without a value are left out, none is shown twice."""
+    if column not in predictions: return predictions[:0].assign(rank="")  # a network without a mask decoder
     rows = predictions.dropna(subset=column).sort_values(column, ascending=False, kind="stable")
     middle = max(0, (len(rows) - n) // 2)
     picked = dict.fromkeys(range(middle, min(middle + n, len(rows))), "median")

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from .images import DataError, ImageFacts, binarise, examine, inside, read_raw
-from .records import COLUMNS, Manifest, group_images, left_out_table, resolve
+from .files import DataError, inside, resolve
+from .images import ImageFacts, binarise, examine, read_raw
+from .records import COLUMNS, Manifest, group_images, left_out_table
 from .tirads import SCALES, Scale
 
 # %% ../nbs/14_folder.ipynb #007

@@ -6,6 +6,7 @@
 __all__ = ['Probe', 'probe', 'soft_dice', 'measure', 'strength']
 
 # %% ../nbs/47_instruments.ipynb #003
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 # %% ../nbs/47_instruments.ipynb #005
 from .network import MultitaskNet, Output
-from .objectives import TaskLosses, task_losses
+from .objectives import TASKS, TaskLosses, task_losses
 from .rlar import RLAR, WHERE, excess, flatten_gradient, unit
 
 # %% ../nbs/47_instruments.ipynb #008
@@ -56,14 +57,13 @@ def _columns(p: Probe, batch: dict[str, Tensor], rlar: RLAR, group: list) -> dic
                    loss_evidence=blank(p.losses.evidence, p.losses.has_evidence),
                    dice=blank(soft_dice(p.output.mask_logits, batch["mask"], batch["valid"]), has_seg))
     for where in WHERE:
-        u_seg, norm_seg, no_seg = unit(flatten_gradient(p.g_seg, where), has_seg)
-        u_risk, norm_risk, no_risk = unit(flatten_gradient(p.g_risk, where), has_risk)
+        u_seg, norm_seg, _ = unit(flatten_gradient(p.g_seg, where), has_seg)
+        u_risk, norm_risk, _ = unit(flatten_gradient(p.g_risk, where), has_risk)
         columns[f"cos_{where}"] = blank((u_seg * u_risk).sum(1), both)
         if where == rlar.where:
-            usable = both & ~no_seg & ~no_risk
             own, null = (torch.full_like(norm_seg, torch.nan) for _ in range(2))
-            if usable.any():
-                rows = usable.nonzero().squeeze(1)
+            if both.any():                                     # a vanished gradient is a zero row: cosine 0, as in training
+                rows = both.nonzero().squeeze(1)
                 own[rows], null[rows] = excess(u_seg[rows], u_risk[rows], [group[i] for i in rows.tolist()], rlar.margin, rlar.form)
             columns |= dict(norm_seg=blank(norm_seg, has_seg), norm_risk=blank(norm_risk, has_risk), excess=own, excess_shuffled=null)
     return columns
@@ -90,18 +90,34 @@ def measure(
     net.train(training)
     return pd.concat(tables, ignore_index=True), np.concatenate(latents)
 
-# %% ../nbs/47_instruments.ipynb #017
-def strength(net: MultitaskNet, batch: dict[str, Tensor], rlar: RLAR, weights: dict[str, float]) -> float:
-    "rho = lambda |grad R| / |grad of the weighted task losses|, both over the parameters upstream of z, in evaluation mode."
-    training = net.training
-    net.eval()
+# %% ../nbs/47_instruments.ipynb #018
+def _upstream_gradients(net: MultitaskNet, batch: dict[str, Tensor], rlar: RLAR, weights: dict[str, float], roll: int) -> tuple[Tensor, Tensor]:
+    "Gradients of R and of the weighted task losses, summed over a batch's images, at the parameters upstream of z, each as one vector."
     upstream = [p for name, p in net.named_parameters() if name.startswith(("encoder", "fuse")) and p.requires_grad]
     output = net(batch["image"], batch["valid"])
     losses = task_losses(output, batch)
-    alignment = rlar(losses.seg, losses.risk, output.z, losses.has_seg & losses.has_risk)
-    tasks = sum(weights[t] * getattr(losses, t).sum() / getattr(losses, f"has_{t}").sum().clamp(min=1) for t in ("seg", "risk", "evidence"))
-    gradients = lambda value: torch.autograd.grad(value, upstream, retain_graph=True, allow_unused=True)
-    norm = lambda value: torch.stack([g.norm() for g in gradients(value) if g is not None]).norm()
-    rho = rlar.weight * norm(alignment.penalty) / norm(tasks)
+    g_seg, = torch.autograd.grad(losses.seg.sum(), output.z, create_graph=True)
+    g_risk, = torch.autograd.grad(losses.risk.sum(), output.z, create_graph=True)
+    both = losses.has_seg.roll(roll) & losses.has_risk
+    penalty = rlar.compare(g_seg.roll(roll, 0), g_risk, both).penalty * both.sum()
+    tasks = sum(weights[t] * getattr(losses, t).sum() for t in TASKS if weights[t])
+    flat = lambda grads: torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(upstream, grads)])
+    return tuple(flat(torch.autograd.grad(value, upstream, retain_graph=True, allow_unused=True)) for value in (penalty, tasks))
+
+# %% ../nbs/47_instruments.ipynb #019
+def strength(
+    net: MultitaskNet,
+    batches: Iterable[dict[str, Tensor]],   # images with both labels
+    rlar: RLAR,
+    weights: dict[str, float],              # of the task losses
+    shuffled: bool = False,                 # measure the control's penalty
+    weight: float | None = None,            # lambda; default: the regulariser's
+) -> float:                                 # NaN without batches
+    "rho = lambda |grad R| / |grad of the weighted task losses|, both over the parameters upstream of z, in evaluation mode."
+    training = net.training
+    net.eval()
+    found = [_upstream_gradients(net, batch, rlar, weights, int(shuffled)) for batch in batches]
     net.train(training)
-    return rho.item()
+    if not found: return math.nan
+    penalty, tasks = (sum(column).norm() for column in zip(*found))
+    return ((rlar.weight if weight is None else weight) * penalty / tasks).item()

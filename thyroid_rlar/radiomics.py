@@ -7,17 +7,14 @@ __all__ = ['EVIDENCE', 'NAMES', 'N_PIXELS', 'MIN_AREA', 'MIN_EXTENT', 'MIN_BAND'
            'measure_manifest', 'EvidenceScaler']
 
 # %% ../nbs/25_radiomics.ipynb #003
-import hashlib
 import json
 import logging
 import os
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +29,8 @@ from scipy import ndimage
 from skimage.measure import find_contours, regionprops
 from tqdm.auto import tqdm
 
-from .records import DataError, Manifest, digest, inside, project_root, resolve
+from .files import DataError, code_digest, digest, fingerprint, inside, project_root, resolve, write_whole
+from .records import Manifest
 from .sector import find_sector
 
 # %% ../nbs/25_radiomics.ipynb #007
@@ -247,16 +245,13 @@ def measure(image: np.ndarray, # uint8 (H, W), cropped to the sector box
 # %% ../nbs/25_radiomics.ipynb #055
 @cache
 def _code_version() -> str:
-    "Fingerprint of everything but the data that the values depend on, taken once: a later edit is not what this process runs."
-    sources = [digest(find_spec(f"thyroid_rlar.{name}").origin) for name in ("radiomics", "sector", "records")]
-    return hashlib.blake2b(json.dumps([*sources, version("pyradiomics-bhklab")]).encode(), digest_size=8).hexdigest()
+    "Fingerprint of everything but the data that the values depend on."
+    return fingerprint((code_digest("radiomics", "sector", "records", "images") + version("pyradiomics-bhklab")).encode())[:16]
 
 def _keys(manifest: Manifest) -> list[str]:
     "Fingerprint of every row's image and contour or mask."
-    def fingerprint(path): return digest(inside(manifest.root, path))
-    def key(image, contours, mask):
-        content = json.dumps([fingerprint(image), contours, fingerprint(mask) if mask else None])
-        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    def of_file(path): return digest(inside(manifest.root, path))
+    def key(image, contours, mask): return fingerprint(json.dumps([of_file(image), contours, of_file(mask) if mask else None]).encode())
     try: return [key(*row) for row in manifest.rows[["image", "contours", "mask"]].itertuples(index=False)]
     except OSError as e: raise DataError(e.filename, "file", e.strerror, "a readable image or mask") from e
 
@@ -270,14 +265,8 @@ def _read_cache(path: Path) -> pd.DataFrame:
 
 def _write_cache(path: Path, table: pd.DataFrame) -> None:
     "Put the table in place whole or not at all, so that a run beside this one never reads half a file."
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table.to_parquet(part)
-        part.replace(path)
-    except OSError as e:
-        with suppress(OSError): part.unlink()
-        warnings.warn(f"{path}: not writable ({e.strerror or e}), evidence not kept", stacklevel=3)
+    try: write_whole(path, table.to_parquet)
+    except DataError as e: warnings.warn(f"{e}; the evidence measured now is not kept", stacklevel=3)
 
 # %% ../nbs/25_radiomics.ipynb #058
 def _measure_row(manifest: Manifest, i: int) -> tuple[np.ndarray, str]:

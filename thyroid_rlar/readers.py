@@ -22,7 +22,8 @@ import pandas as pd
 from scipy import ndimage
 from scipy.optimize import brentq
 
-from .records import DataError, Manifest, project_root, resolve, shared_data
+from .files import DataError, project_root, resolve, shared_data, write_whole
+from .records import Manifest
 from .tirads import ACR, POINTS, Descriptors, Scale, score
 
 # %% ../nbs/02_readers.ipynb #006
@@ -172,8 +173,8 @@ def write_reader_confusion(folder: str | Path | None = None,                  # 
     "Make the shipped table from the readings. Raises DataError when there are none."
     folder = folder or shared_data("readers")
     if folder is None: raise DataError("readers", "folder", "none", "the readings in THYROID_RLAR_DATA/readers or ../shared/data/readers")
-    path = resolve(out)
-    reader_confusion(read_readings(folder)).to_csv(path, index=False, lineterminator="\n")
+    table = reader_confusion(read_readings(folder))
+    path = write_whole(resolve(out), lambda part: table.to_csv(part, index=False, lineterminator="\n"))
     return path
 
 # %% ../nbs/02_readers.ipynb #037

@@ -21,7 +21,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from . import __version__
-from .evaluation import write_text
+from .files import write_text
 
 # %% ../nbs/65_report.ipynb #006
 METRICS = {

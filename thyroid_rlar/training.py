@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'SCHEDULES', 'FitSettings', 'make_optimizer', 'make_schedule', 'average_gradients', 'train_step',
-           'TrainingStopped', 'StepLog', 'check_finite', 'peak_memory_mb', 'epoch_row', 'Averaged', 'atomically',
-           'RunLog', 'Watch', 'make_accelerator', 'Trainer', 'train_epoch', 'end_epoch', 'save_checkpoint',
-           'load_checkpoint']
+           'TrainingStopped', 'StepLog', 'check_finite', 'peak_memory_mb', 'epoch_row', 'Averaged', 'RunLog', 'Watch',
+           'make_accelerator', 'Trainer', 'train_epoch', 'end_epoch', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/50_training.ipynb #003
 import copy
@@ -32,10 +31,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 # %% ../nbs/50_training.ipynb #005
+from .files import write_whole
 from .instruments import measure, strength
 from .loader import EpochSampler, NoduleData, Split, eval_loader, train_loader
 from .network import MultitaskNet, save_model
-from .objectives import Objective, StepContext, StepReport
+from .objectives import Objective, RLARObjective, StepContext, StepReport
 from .rlar import RLAR
 
 # %% ../nbs/50_training.ipynb #008
@@ -45,7 +45,7 @@ SCHEDULES = ("onecycle", "cosine")
 @dataclass(frozen=True)
 class FitSettings:
     "How to train; what to train comes as network, objective and data."
-    epochs: int = 30
+    epochs: int = 24
     batch_size: int = 8
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
@@ -119,7 +119,7 @@ class StepLog:
             c = report.alignment.cosine.float()
             quantiles = torch.nanquantile(c, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], device=c.device))
             values |= dict(zip(("cos_q05", "cos_q25", "cos_q50", "cos_q75", "cos_q95"), quantiles))
-            values |= {"penalty": report.alignment.penalty, "vanished": report.alignment.vanished.sum()}
+            values |= {"penalty": report.alignment.penalty, "vanished": report.alignment.vanished.sum(), "rlar_weight": report.weight}
         self.values.append(values); self.rows.append(batch["index"])
 
     def collect(self) -> pd.DataFrame:
@@ -173,12 +173,6 @@ class Averaged:
         torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - decay)
 
 # %% ../nbs/50_training.ipynb #024
-def atomically(path: Path, write: Callable[[Path], object]) -> None:
-    "Write beside the file, then move into its place; the ending stays, so that writers which look at it are content."
-    part = path.with_name(f".part-{path.name}")
-    write(part)
-    part.replace(path)
-
 @dataclass
 class RunLog:
     "history.parquet, nodules.parquet and latents/NNN.npz of a run folder."
@@ -190,7 +184,7 @@ class RunLog:
     def save(self) -> None:
         for name in ("history", "nodules"):
             table = pd.concat(getattr(self, name), ignore_index=True)
-            atomically(self.folder / f"{name}.parquet", table.to_parquet)
+            write_whole(self.folder / f"{name}.parquet", table.to_parquet)
 
     def load(self, epochs: int) -> None:
         "Read the tables back, up to the epoch that the checkpoint stands at: a run killed while writing may be one ahead."
@@ -202,9 +196,8 @@ class RunLog:
 
     def save_latents(self, epoch: int, table: pd.DataFrame, z: np.ndarray) -> None:
         path = self.folder / "latents" / f"{epoch:03d}.npz"
-        path.parent.mkdir(exist_ok=True)
         ids = np.array([self.image_ids[i] for i in table.row])
-        atomically(path, lambda p: np.savez_compressed(p, image_id=ids, row=table.row, split=table.split.to_numpy(str), z=z.astype(np.float32)))
+        write_whole(path, lambda p: np.savez_compressed(p, image_id=ids, row=table.row, split=table.split.to_numpy(str), z=z.astype(np.float32)))
 
 # %% ../nbs/50_training.ipynb #026
 class Watch:
@@ -216,10 +209,10 @@ class Watch:
         self.data, self.rlar, self.weights, self.device = data, rlar, weights, device
         self.group, self.high = list(rows.group), data.prepared.manifest.scale.is_high
         last = list(self.parts.values())[-1]
-        self.dual = [r for r in last if data.grades[r] >= 0 and data.prepared.has_mask[r]][:8]
+        self.dual = [r for r in last if data.grades[r] >= 0 and data.prepared.has_mask[r]][:24]
 
-    def batches(self, rows: Sequence[int]) -> Iterator[dict[str, Tensor]]:
-        for batch in eval_loader(self.data, rows):
+    def batches(self, rows: Sequence[int], size: int = 16) -> Iterator[dict[str, Tensor]]:
+        for batch in eval_loader(self.data, rows, size):
             yield {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
     def __call__(self, net: MultitaskNet, epoch: int) -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray]:
@@ -231,9 +224,10 @@ class Watch:
         summary = pd.DataFrame([dict(kind="epoch", epoch=epoch, split=n, **epoch_row(t, self.high)) for n, t in zip(self.parts, tables)])
         return summary, pd.concat(tables, ignore_index=True), np.concatenate(latents)
 
-    def strength(self, net: MultitaskNet) -> float:
-        "Strength on up to 8 validation images with both labels; NaN where there is none, 0 without a regulariser."
-        return strength(net, next(self.batches(self.dual)), self.rlar, self.weights) if self.dual else math.nan
+    def strength(self, net: MultitaskNet, objective: Objective) -> float:
+        "Strength on up to 24 validation images with both labels; NaN where there is none, 0 without a regulariser."
+        if not isinstance(objective, RLARObjective) or not self.dual: return 0.0 if self.dual else math.nan
+        return strength(net, self.batches(self.dual, 8), self.rlar, self.weights, objective.shuffled, float(objective.weight.value))
 
 # %% ../nbs/50_training.ipynb #028
 def make_accelerator(s: FitSettings, folder: Path) -> Accelerator:
@@ -308,7 +302,8 @@ def end_epoch(t: Trainer, seconds: float, bar: tqdm) -> None:
     net, s = t.average.net, t.settings
     summary, nodules, z = t.watch(net, t.epoch)
     last = summary.index[-1]                                       # validation, or training where there is none
-    extra = {"strength": t.watch.strength(net), "seconds": seconds, "peak_memory_mb": peak_memory_mb(t.accelerator.device)}
+    pushed = t.watch.strength(t.net, t.objective)                # of the weights that are being trained, not of their average
+    extra = {"strength": pushed, "seconds": seconds, "peak_memory_mb": peak_memory_mb(t.accelerator.device)}
     for name, value in extra.items(): summary.loc[last, name] = value
     t.log.history.append(summary)
     t.log.add_nodules(nodules)
@@ -332,10 +327,9 @@ def save_checkpoint(t: Trainer) -> None:
                  schedule=t.schedule.state_dict(), scaler=t.accelerator.scaler.state_dict() if t.accelerator.scaler else {},
                  epoch=t.epoch, best=t.best, best_epoch=t.best_epoch, torch_rng=torch.get_rng_state(),
                  cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                 objective_rng=t.objective.generator.get_state() if hasattr(t.objective, "generator") else torch.empty(0))
+                 objective=t.objective.state_dict())
     path = t.folder / "checkpoint" / "state.pt"
-    path.parent.mkdir(exist_ok=True)
-    atomically(path, lambda p: torch.save(state, p))
+    write_whole(path, lambda p: torch.save(state, p))
 
 def load_checkpoint(t: Trainer) -> None:
     "Go on where the folder's checkpoint stands. Raises FileNotFoundError when there is none."
@@ -348,5 +342,5 @@ def load_checkpoint(t: Trainer) -> None:
     t.average.count, t.epoch, t.best, t.best_epoch = (state[k] for k in ("count", "epoch", "best", "best_epoch"))
     torch.set_rng_state(state["torch_rng"])
     if state["cuda_rng"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state["cuda_rng"])
-    if hasattr(t.objective, "generator"): t.objective.generator.set_state(state["objective_rng"])
+    t.objective.load_state_dict(state["objective"])
     t.log.load(t.epoch)
