@@ -51,10 +51,10 @@ def readme(root: Path) -> str:
 
 
 def prepare(root: Path) -> None:
-    "Export, clean and write README.md in the checkout at `root`."
-    _nbdev("nbdev_export", root)
+    "Clean, export and write README.md in the checkout at `root`."
     strip_widget_state(root)
-    _nbdev("nbdev_clean", root)
+    _nbdev("nbdev_clean", root)         # first: it gives new cells the names that the exported files refer to
+    _nbdev("nbdev_export", root)
     (root / "README.md").write_text(readme(root), encoding="utf-8")
 
 

@@ -105,7 +105,7 @@ def test_paired_groups_and_keys():
 
 GOOD = table([1.0, 2.0, 3.0])
 BAD = [
-    (lambda: iv.paired_bootstrap(GOOD, GOOD.iloc[:2], mean_x), "differ in 1 rows"),
+    (lambda: iv.paired_bootstrap(GOOD, GOOD.iloc[:2], mean_x), "only one table has: 1"),
     (lambda: iv.paired_bootstrap(GOOD, GOOD.assign(image_id="i0"), mean_x), "second table: image_id 'i0' occurs twice"),
     (lambda: iv.paired_bootstrap(GOOD.iloc[:0], GOOD.iloc[:0], mean_x), "empty"),
     (lambda: iv.bootstrap(GOOD.assign(group=[0, None, 1]), mean_x), "group missing in 1 of 3"),

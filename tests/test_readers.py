@@ -11,7 +11,7 @@ from scipy import ndimage
 from sklearn.metrics import cohen_kappa_score
 
 from thyroid_rlar import readers
-from thyroid_rlar.files import DataError, shared_data
+from thyroid_rlar.files import DataError, resolve, shared_data
 from thyroid_rlar.readers import (
     CODES,
     ITEMS,
@@ -142,7 +142,7 @@ def test_kappas_against_scikit_learn(readings):
 @needs_readings
 def test_shipped_table_is_current(readings, tmp_path):
     written = write_reader_confusion(out=tmp_path / "again.csv")
-    assert written.read_bytes() == (readers.project_root() / "data" / "reader_confusion.csv").read_bytes()
+    assert written.read_bytes() == resolve("data/reader_confusion.csv").read_bytes()
 
 
 @needs_readings

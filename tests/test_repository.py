@@ -205,6 +205,8 @@ for module in pkgutil.iter_modules(thyroid_rlar.__path__):
     assert file.startswith({str(tmp_path / "site")!r}), file
 loaded = [name for name in {LAZY!r} if name in sys.modules]
 assert not loaded, f"loaded by importing the package, not by using it: {{loaded}}"
+from thyroid_rlar.readers import load_reader_confusion
+assert len(load_reader_confusion()) > 100
 """
     run(sys.executable, "-c", code, cwd=tmp_path)
 

@@ -32,6 +32,9 @@ def parameters_cell(notebook: str) -> dict[str, object]:
     return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body}
 
 
+def metrics_of(folder: Path) -> dict: return json.loads((folder / "metrics.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run with spaces é")
@@ -76,7 +79,19 @@ def test_evaluate_agrees_with_the_run(run_dir, tmp_path):
     done = papermill("evaluate.ipynb", tmp_path / "evaluate.ipynb", "-p", "run_dir", run_dir, "-p", "out_dir", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     trained, evaluated = (json.loads((folder / "metrics.json").read_text()) for folder in (run_dir, tmp_path))
-    assert evaluated["segmentation"] == trained["segmentation"] and evaluated["risk"] == trained["risk"]
+    assert evaluated == trained and {"value", "low", "high", "n"} <= evaluated["evidence_r2"]["tallness"].keys()
+
+
+def test_contours_can_be_measured_on_another_scale_and_grades_cannot(run_dir, tmp_path):
+    shutil.copytree(ROOT / "data/phantom", tmp_path / "data")
+    labels = pd.read_csv(tmp_path / "data/labels.csv")
+    labels.assign(scale="ddti", grade="4a").to_csv(tmp_path / "data/labels.csv", index=False)
+    parameters = ["-p", "run_dir", run_dir, "-p", "source", "folder", "-p", "data_dir", tmp_path / "data",
+                  "-p", "out_dir", tmp_path, "-p", "part", "all"]
+    done = papermill("evaluate.ipynb", tmp_path / "evaluate.ipynb", *parameters)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert metrics_of(tmp_path)["segmentation"]["dice"]["n"] == 24 and {m["n"] for m in metrics_of(tmp_path)["risk"].values()} == {0}
+    assert "Grades are not reported" in (tmp_path / "evaluate.ipynb").read_text()
 
 
 @pytest.mark.parametrize("notebook, parameters, message", [
@@ -107,9 +122,6 @@ def test_compare_pools_and_pairs(run_dir, tmp_path):
 
 # ---- what else people run ---------------------------------------------------------------------------------------------
 
-def metrics_of(folder: Path) -> dict: return json.loads((folder / "metrics.json").read_text())
-
-
 def test_segmentation_alone_on_a_unet_reports_no_grade(tmp_path):
     parameters = ["-p", "out_dir", tmp_path, "-p", "objective", "seg_only", "-p", "network", "unet"]
     done = papermill("train.ipynb", tmp_path / "train.ipynb", *TINY, *parameters)
@@ -119,12 +131,18 @@ def test_segmentation_alone_on_a_unet_reports_no_grade(tmp_path):
     assert not [c for c in pd.read_parquet(tmp_path / "predictions.parquet") if c.startswith("p_")] and "evidence_r2" not in metrics
 
 
-def test_risk_alone_on_all_folds_reports_the_validation_part_and_no_contour(tmp_path):
-    done = papermill("train.ipynb", tmp_path / "train.ipynb", *TINY, "-p", "out_dir", tmp_path, "-p", "objective", "risk_only", "-p", "fold", "all")
+def test_risk_alone_reports_no_contour(tmp_path):
+    done = papermill("train.ipynb", tmp_path / "train.ipynb", *TINY, "-p", "out_dir", tmp_path, "-p", "objective", "risk_only")
     assert done.returncode == 0, done.stderr[-3000:]
-    metrics, split = metrics_of(tmp_path), pd.read_parquet(tmp_path / "split.parquet")
-    assert metrics["risk"]["qwk"]["n"] > 0 and metrics["segmentation"]["dice"]["n"] == 0
-    assert set(split.split) == {"train", "val"} and set(pd.read_parquet(tmp_path / "predictions.parquet").split) == {"val"}
+    assert metrics_of(tmp_path)["risk"]["qwk"]["n"] > 0 and metrics_of(tmp_path)["segmentation"]["dice"]["n"] == 0
+
+
+@pytest.mark.parametrize("patience, parts", [(0, {"train"}), (1, {"train", "val"})])
+def test_all_folds_train_on_everything_and_report_nothing(tmp_path, patience, parts):
+    done = papermill("train.ipynb", tmp_path / "train.ipynb", *TINY, "-p", "out_dir", tmp_path, "-p", "fold", "all", "-p", "patience", patience)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert metrics_of(tmp_path)["images"] == 0 and set(pd.read_parquet(tmp_path / "split.parquet").split) == parts
+    assert "nothing to report" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_images_without_grades_train_the_contour_and_resume_goes_on(tmp_path):
@@ -144,3 +162,8 @@ def test_images_without_grades_train_the_contour_and_resume_goes_on(tmp_path):
     pd.testing.assert_frame_equal(pd.read_parquet(out / "history.parquet"), first)
     done = papermill("train.ipynb", tmp_path / "other.ipynb", *parameters, "-p", "fold", 1, "-p", "resume", True)
     assert done.returncode != 0 and "fold (was 0, now 1)" in done.stderr, done.stderr[-2000:]
+
+    labels = pd.read_csv(data / "labels.csv")
+    labels.assign(case=labels["case"].replace(labels["case"][0], "another")).to_csv(data / "labels.csv", index=False)
+    done = papermill("train.ipynb", tmp_path / "moved.ipynb", *parameters, "-p", "resume", True)
+    assert done.returncode != 0 and "expected the same data, or a new run" in done.stderr, done.stderr[-2000:]

@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage as ndi
 
 from thyroid_rlar.files import shared_data
+from thyroid_rlar.loader import sector_flags
 from thyroid_rlar.phantom import make_phantom
 from thyroid_rlar.sector import clean_image, find_sector, straddles
 
@@ -223,3 +224,10 @@ def test_ddti_panes_and_contours(ddti):
         if mask is not None and mask.any(): lost.append(((mask & ~(s.valid | s.marks)).sum() / mask.sum(), manifest.rows.image_id[i]))
     assert np.mean([share for share, _ in lost]) < .003
     assert [name for share, name in lost if share > .05] == ["338_2"]   # drawn down to row 394 of 360
+
+
+def test_ddti_flags_two_panes_and_the_contour_across_their_seam(ddti):
+    manifest, sectors = ddti
+    flags = {manifest.rows.image_id[i]: sector_flags(s, manifest.load(i)[1]) for i, s in enumerate(sectors)}
+    assert sum("two_panes" in f for f in flags.values()) == 156 and not any("no_sector" in f for f in flags.values())
+    assert [name for name, f in flags.items() if "straddles_seam" in f] == ["233_1"]

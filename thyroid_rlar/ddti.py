@@ -35,6 +35,8 @@ FLAGS = {
     "self_intersecting": "a contour crosses itself; filled by the nonzero rule",
     "outside": "a contour runs off the image; cut at its edge",
     "colour": "the image has coloured pixels",
+    "alpha": "the image has an alpha channel; transparent became black",
+    "bit_depth": "the image has more than 8 bits; its range was scaled to 8",
     "same_bytes": "another image of the set has the same bytes; they share a group",
     "marks_unordered": "the case's marks are not in the order of their images",
     "index_gap": "the case's image numbers do not run 1, 2, 3, ...",
@@ -174,7 +176,7 @@ def _image_row(path: Path, case: Case, facts: ImageFacts) -> dict:
         regions += found
         if cut: flags.add("contour_cut")
     contours, odd = clean_regions(regions, facts.shape)
-    if facts.colour: flags.add("colour")
+    flags |= facts.flags
     grade = case.texts.get("tirads")
     if grade is None: flags.add("no_grade")
     age = case.texts.get("age")
@@ -216,7 +218,7 @@ def _left_out(folder: Path, images: Sequence[Path], cases: dict[str, Case]) -> l
 # %% ../nbs/10_ddti.ipynb #030
 def read_ddti(folder: str | os.PathLike, # flat folder of N.xml and N_k.jpg; relative to the checkout
               verbose: bool = True       # print what was kept, flagged and left out
-             ) -> Manifest:              # scale `ddti`, one row an image
+             ) -> Manifest:              # scale `ddti`, one row per image
     "DDTI in its original layout; DataError for a folder without such files or a grade that is not on the scale."
     folder = resolve(folder)
     if not folder.is_dir(): raise DataError(folder, "folder", "none", "a folder of N.xml and N_k.jpg")

@@ -185,7 +185,7 @@ def _auroc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.n
 
 # %% ../nbs/60_evaluation.ipynb #030
 def auroc_high(
-    predictions: pd.DataFrame,  # one row an image
+    predictions: pd.DataFrame,  # one row per image
     scale: Scale,
     weights: np.ndarray | None = None,  # (B, n) of resamples
 ) -> float | np.ndarray:  # a number, or (B,) with weights; NaN unless both high and other grades occur
@@ -254,9 +254,9 @@ def ece(predictions: pd.DataFrame, scale: Scale, weights: np.ndarray | None = No
 
 # %% ../nbs/60_evaluation.ipynb #043
 def per_case(
-    predictions: pd.DataFrame,  # one row an image
+    predictions: pd.DataFrame,  # one row per image
     scale: Scale,
-) -> pd.DataFrame:  # one row a case, the same columns, and `images`, how many it has
+) -> pd.DataFrame:  # one row per case, the same columns, and `images`, how many it has
     """Means of contour metrics and grade probabilities over a case's images; missing values are left out. Where images have a
     `predicted_index`, a case's is the median of its mean distribution."""
     graded_rows(predictions, scale)
@@ -298,7 +298,7 @@ def _evaluate(table: pd.DataFrame, scale: Scale, n_boot: int, seed: int) -> dict
 
 # %% ../nbs/60_evaluation.ipynb #047
 def evaluate(
-    predictions: pd.DataFrame,  # one row an image: image_id, case_id, group, grade_index, p_<grade>, `SEGMENTATION`
+    predictions: pd.DataFrame,  # one row per image: image_id, case_id, group, grade_index, p_<grade>, `SEGMENTATION`
     scale: Scale,
     n_boot: int = 1000,  # resamples of groups
     seed: int = 0,
@@ -308,7 +308,7 @@ def evaluate(
         raise ValueError(f"predictions: no column {', '.join(absent)}")
     key = [c for c in ("image_id", "reader_id") if c in predictions]
     if (twice := predictions.duplicated(key)).any():
-        raise ValueError(f"predictions: image {predictions.loc[twice, 'image_id'].iloc[0]!r} occurs twice, expected one row an image")
+        raise ValueError(f"predictions: image {predictions.loc[twice, 'image_id'].iloc[0]!r} occurs twice, expected one row per image")
     counts = {"images": int(predictions["image_id"].nunique()), "cases": int(predictions["case_id"].nunique())}
     cases = _evaluate(per_case(predictions, scale), scale, n_boot, seed)
     return _evaluate(predictions, scale, n_boot, seed) | counts | {"per_case": cases | counts}

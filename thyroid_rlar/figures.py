@@ -81,7 +81,6 @@ CURVES = {
     "loss_evidence": "evidence loss",
     "dice": "Dice",
     "auroc_high": "AUROC of high risk",
-    "qwk": "quadratic kappa",
 }
 
 
@@ -177,7 +176,7 @@ def angle_dynamics(
 
 # %% ../nbs/62_figures.ipynb #023
 def best_median_worst(
-    predictions: pd.DataFrame,  # one row an image
+    predictions: pd.DataFrame,  # one row per image
     n: int = 3,  # of each
     column: str = "dice",
 ) -> pd.DataFrame:  # at most 3n rows of predictions in falling order, with `rank`: best, median or worst

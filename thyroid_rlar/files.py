@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['DataError', 'project_root', 'resolve', 'shared_data', 'inside', 'fingerprint', 'digest', 'code_digest', 'write_whole',
-           'write_text']
+           'write_text', 'remove', 'read_whole', 'read_json']
 
 # %% ../nbs/03_files.ipynb #003
 import errno
 import hashlib
+import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -98,17 +100,38 @@ def write_whole(
         with open(part, "rb+") as file: os.fsync(file.fileno())        # on the disk before it takes the old one's place
         os.replace(part, path)
     except BaseException as error:
+        number = _errno(error, path)                                   # before the part goes: it may be what fills the disk
         with suppress(OSError): part.unlink()
-        if (number := _errno(error)) is None: raise
+        if number is None: raise
         raise DataError(path, "writing", os.strerror(number), _ADVICE.get(number, "a file that can be written")) from error
     return path
 
-def _errno(error: BaseException | None) -> int | None:
-    "The system's error number behind an exception; libraries wrap it or name it in their message only."
+def _errno(error: BaseException, path: Path) -> int | None:
+    "The system's error number behind an exception; libraries name it in their message only, or (NumPy, torch) say that less was written than asked."
     if isinstance(error, OSError) and error.errno: return error.errno
     found = [n for n in _ADVICE if os.strerror(n) in str(error)]
-    return found[0] if found else None
+    if found: return found[0]
+    if not isinstance(error, (OSError, RuntimeError)): return None
+    with suppress(OSError): return errno.ENOSPC if shutil.disk_usage(path.parent).free < 2**16 else None
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
     "Write a UTF-8 file whole or not at all."
     return write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+def remove(path: str | os.PathLike) -> None:
+    "Delete a file; DataError when that is not allowed."
+    try: Path(path).unlink()
+    except OSError as error: raise DataError(path, "removing", error.strerror, _ADVICE.get(error.errno, "a file that can be removed")) from error
+
+# %% ../nbs/03_files.ipynb #274b74ff
+def read_whole(path: str | os.PathLike, read: Callable[[Path], object]) -> object:
+    "`read(path)`; DataError naming the file when it is missing or damaged."
+    path = Path(path)
+    if not path.is_file(): raise DataError(path, "file", "none", "a file that a run has written")
+    try: return read(path)
+    except Exception as error:
+        raise DataError(path, "content", f"{type(error).__name__} ({error})", "a whole file: copy it again, or repeat the run") from error
+
+def read_json(path: str | os.PathLike) -> dict:
+    "A JSON file's contents; DataError when it is missing or damaged."
+    return read_whole(path, lambda p: json.loads(p.read_text(encoding="utf-8")))

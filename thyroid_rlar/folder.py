@@ -160,17 +160,13 @@ def dicom_facts(path: Path) -> tuple[float, set[str]]: # spacing in mm (NaN when
     return sum(spacing) / 2, flags
 
 # %% ../nbs/14_folder.ipynb #029
-def _image_flags(facts: ImageFacts) -> set[str]:
-    found = {"alpha": facts.alpha, "colour": facts.colour, "bit_depth": facts.mode[0] in "IF"}
-    return {flag for flag, is_so in found.items() if is_so}
-
 def _read_image(folder: Path, name: str) -> tuple[str, ImageFacts, float, set[str]]:
     "Path relative to `folder`, facts, spacing (NaN unknown) and flags of the image a row names; DataError when it cannot be used."
     path = _lookup(folder, [f"images/{name}", name])
     if path is None: raise DataError(folder / name, "image", "no such file", REQUIRED["image"])
     facts = examine(folder / path)
     spacing, flags = dicom_facts(folder / path) if facts.mode == "DICOM" else (math.nan, set())
-    return path, facts, spacing, flags | _image_flags(facts)
+    return path, facts, spacing, flags | facts.flags
 
 def _row(folder: Path, row: dict, image: tuple[str, ImageFacts, float, set[str]]) -> dict:
     "Manifest row of a line of the table and its image."
@@ -214,7 +210,7 @@ def _finish(rows: Sequence[dict]) -> pd.DataFrame:
 def read_folder(folder: str | os.PathLike,  # holds labels.csv, images/ and masks/; relative to the checkout
                 scale: Scale | None = None, # of the grades; None: as the table says
                 verbose: bool = True        # print what was kept, flagged and left out
-               ) -> Manifest:               # one row an image and reader
+               ) -> Manifest:               # one row per image and reader
     "A folder of images, masks and labels.csv; DataError for a table that breaks a rule or when no image can be used."
     folder = resolve(folder)
     if not folder.is_dir(): raise DataError(folder, "folder", "none", "a folder with labels.csv, images/ and masks/")

@@ -87,6 +87,12 @@ class ImageFacts:
     alpha: bool             # some transparency is stored
     digest: str             # fingerprint of the file's bytes
 
+    @property
+    def flags(self) -> set[str]:
+        "What is odd about the file: `alpha`, `colour`, `bit_depth` (more than 8 bits)."
+        found = {"alpha": self.alpha, "colour": self.colour, "bit_depth": self.mode[0] in "IF"}
+        return {flag for flag, is_so in found.items() if is_so}
+
 # %% ../nbs/04_images.ipynb #014
 def _is_coloured(im: Image.Image, colour_at: int = 16) -> bool:
     "Whether chroma (0 to 128) somewhere reaches `colour_at`."

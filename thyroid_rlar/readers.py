@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
+from importlib.resources import files as package_files
 from itertools import combinations
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import pandas as pd
 from scipy import ndimage
 from scipy.optimize import brentq
 
-from .files import DataError, project_root, resolve, shared_data, write_whole
+from .files import DataError, resolve, shared_data, write_whole
 from .records import Manifest
 from .tirads import ACR, POINTS, Descriptors, Scale, score
 
@@ -178,10 +179,10 @@ def write_reader_confusion(folder: str | Path | None = None,                  # 
     return path
 
 # %% ../nbs/02_readers.ipynb #037
-def load_reader_confusion(path: str | Path | None = None,  # None: the shipped data/reader_confusion.csv
+def load_reader_confusion(path: str | Path | None = None,  # None: the table that comes with the package
                          ) -> pd.DataFrame:
     "The table that `write_reader_confusion` wrote. Raises DataError on a missing file or column, or a label that is not in `ITEMS`."
-    path = project_root() / "data" / "reader_confusion.csv" if path is None else resolve(path)
+    path = Path(str(package_files("thyroid_rlar") / "reader_confusion.csv")) if path is None else resolve(path)
     try: table = pd.read_csv(path)
     except (OSError, ValueError) as e: raise DataError(path, "content", f"{type(e).__name__} ({e})", "a csv table") from e
     columns = ["reader", "item", "consensus", "given", "count"]

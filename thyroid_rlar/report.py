@@ -52,7 +52,7 @@ def _cell(metric: Mapping) -> str:
 def metrics_table(
     metrics: Mapping,  # of `evaluation.evaluate`, or read from metrics.json
 ) -> pd.DataFrame:
-    """One row a metric: value with its 95 % interval per image and per case, and the number of images and cases."""
+    """One row per metric: value with its 95 % interval per image and per case, and the number of images and cases."""
     rows = []
     for block in ("segmentation", "risk"):
         for name, m in metrics[block].items():

@@ -16,7 +16,7 @@ from torch import Tensor
 WHERE = ("map", "pooled")
 
 def flatten_gradient(g: Tensor, where: str = "map") -> Tensor:
-    "Gradient (B,C,...) as one row an image: (B,C*...) at `map`, (B,C) at `pooled`; at least float32."
+    "Gradient (B,C,...) as one row per image: (B,C*...) at `map`, (B,C) at `pooled`; at least float32."
     if where not in WHERE: raise ValueError(f"where: found {where!r}, expected one of {WHERE}")
     g = g if g.dtype == torch.float64 else g.float()
     g = g.flatten(2) if g.ndim > 2 else g.unsqueeze(-1)
@@ -26,7 +26,8 @@ def flatten_gradient(g: Tensor, where: str = "map") -> Tensor:
 def unit(g: Tensor, has: Tensor | None = None, tiny: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
     "Rows of (B,d) -> unit rows (zero where vanished), norms (B,) and which vanished (B,) bool; `has` (B,) marks rows with a label."
     norm = g.detach().norm(dim=1)
-    median = norm.nanmedian() if has is None else norm.masked_fill(~has, torch.nan).nanmedian()
+    known = norm if has is None else norm.masked_fill(~has, torch.nan)
+    median = known.nanmedian(dim=0).values                 # with a dim it does not wait for the device
     vanished = ~(norm > tiny * median)                     # also where no row has a label: the median is NaN then
     safe = torch.where(vanished[:, None], torch.ones_like(g), g)
     direction = safe / safe.norm(dim=1, keepdim=True)
@@ -64,6 +65,7 @@ class RLAR:
                  where: str = "pooled",    # `pooled` or `map`
                  mode: str = "exact"):     # `exact` or `one_sided`; `half` is exact on a random half (see objectives)
         if weight < 0 or not 0 <= margin < 1: raise ValueError(f"found weight {weight}, margin {margin}; expected weight >= 0, 0 <= margin < 1")
+        if form == "squared" and margin: raise ValueError(f"margin: found {margin}, expected 0 with form 'squared', which has none")
         if mode not in MODES: raise ValueError(f"mode: found {mode!r}, expected one of {MODES}")
         penalise(torch.zeros(1), margin, form), flatten_gradient(torch.zeros(1, 1), where)  # both raise on unknown names
         self.weight, self.margin, self.form, self.where, self.mode = weight, margin, form, where, mode
@@ -82,16 +84,15 @@ class RLAR:
 
     def __call__(self, loss_a: Tensor, loss_b: Tensor, z: Tensor, both: Tensor | None = None) -> Alignment:
         "From per-image losses (B,) of the two tasks and the latent z (B,C,...) they share. Add `weight * penalty` to your loss."
+        if self.mode == "half": raise ValueError("mode: found 'half', which an objective carries out; expected 'exact' or 'one_sided' here")
         g_a, = torch.autograd.grad(loss_a.sum(), z, create_graph=self.mode != "one_sided", retain_graph=True)
         g_b, = torch.autograd.grad(loss_b.sum(), z, create_graph=True)
         return self.compare(g_a, g_b, both)
 
 # %% ../nbs/40_rlar.ipynb #033
-def excess(u_a: Tensor, u_b: Tensor, group: list, margin: float = 0.0, form: str = "excess") -> tuple[Tensor, Tensor]:
-    "Unit rows (B,d) of two tasks and each image's case group -> penalty with its own partner (B,), mean penalty with other cases' partners (B,)."
+def excess(u_a: Tensor, u_b: Tensor, group: Tensor, margin: float = 0.0, form: str = "excess") -> tuple[Tensor, Tensor]:
+    "Unit rows (B,d) of two tasks and case groups (B,) -> penalty with its own partner (B,), mean penalty with other cases' partners (B,)."
     penalties = penalise(u_a @ u_b.T, margin, form)
-    index = {g: i for i, g in enumerate(dict.fromkeys(group))}
-    ids = torch.tensor([index[g] for g in group], device=u_a.device)
-    other = (ids[:, None] != ids[None, :]).to(penalties.dtype)
+    other = (group[:, None] != group[None, :]).to(penalties.dtype)
     null = (penalties * other).sum(0) / other.sum(0)          # NaN when the batch holds one case only
     return penalties.diagonal(), null

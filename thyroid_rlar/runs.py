@@ -8,7 +8,6 @@ __all__ = ['CHOICES', 'RANGES', 'PACKAGES', 'OUTPUTS', 'RunSettings', 'Parameter
            'open_source', 'RunData', 'load_data', 'trained_tasks', 'split_table', 'make_rlar', 'make_trainer']
 
 # %% ../nbs/55_runs.ipynb #003
-import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ import torch
 # %% ../nbs/55_runs.ipynb #005
 from .ddti import read_ddti
 from .evaluation import write_json
-from .files import digest, inside, resolve, write_whole
+from .files import code_digest, digest, inside, read_json, read_whole, remove, resolve, write_whole
 from .folder import read_folder
 from .loader import MISSING_GRADE, NoduleData, Prepared, Split, make_split, prepare
 from .network import MultitaskNet, NetworkSettings
@@ -31,10 +30,10 @@ from .objectives import OBJECTIVES, TASKS, Objective, make_objective
 from .phantom import write_phantoms
 from .radiomics import EVIDENCE, EvidenceScaler, measure_manifest
 from .readers import noisy_grades, noisy_mask
-from .records import Manifest
+from .records import Manifest, left_out_table
 from .report import versions
 from .rlar import FORMS, MODES, RLAR, WHERE
-from .training import PRECISIONS, SCHEDULES, FitSettings, Trainer
+from .training import DEVICES, PRECISIONS, SCHEDULES, FitSettings, Trainer
 
 # %% ../nbs/55_runs.ipynb #008
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class RunSettings:
     image_size: tuple[int, int] = (160, 224)   # height, width; multiples of 32
     ordinal: bool = True               # ordinal grade head, otherwise plain
     objective: str = "rlar"
-    rlar_strength: float = 0.2         # share of the gradient at z that lambda is steered to; 0: lambda is constant
+    rlar_strength: float = 0.2         # share of the tasks' gradient at z that lambda is steered to, in training; 0: lambda is constant
     rlar_weight: float = 20.0          # lambda, or its largest value where rlar_strength steers it
     rlar_margin: float = 0.0
     rlar_form: str = "excess"
@@ -60,19 +59,19 @@ class RunSettings:
     rlar_mode: str = "exact"
     risk_weight: float = 1.0
     evidence_weight: float = 1.0       # 0: no guidance
-    evidence_shuffled: bool = False    # control: every image is guided by another image's evidence
+    evidence_shuffled: bool = False    # control: the training images' evidence is shuffled among them
     epochs: int = 24
     batch_size: int = 8
     learning_rate: float = 1e-3
     schedule: str = "onecycle"
-    patience: int = 0                  # epochs without improvement before stopping; 0: never
+    patience: int = 0                  # epochs without a better validation loss before stopping, keeping the best; 0: train on, keep the last
     balance: float = 0.5               # how far rare grades are drawn more often, 0 to 1
-    fold: int | str = 0                # 0-based, or all
+    fold: int | str = 0                # the fold to report, 0-based; all: train on everything, report none
     folds: int = 5
-    seed: int = 0
+    seed: int = 0                      # of weights, order, augmentation and simulated readers
     grade_noise: float = 0.0           # simulated readers: 1 - quadratic kappa to the given grades
-    contour_noise: float = 0.0         # simulated readers: sd of the contour's displacement / radius
-    device: str = "auto"
+    contour_noise: float = 0.0         # simulated readers: sd of the contour's displacement / radius; the evidence stays the given contour's
+    device: str = "auto"               # auto (a GPU if there is one), cpu or cuda
     precision: str = "fp32"
     num_workers: int = 0
     tensorboard: bool = False
@@ -82,7 +81,7 @@ class RunSettings:
 CHOICES = {
     "source": ("phantom", "ddti", "folder"), "network": ("shared_map", "unet"), "stride": (2, 4, 8, 16, 32), "pretrained": ("bundled", "hub", "none"),
     "objective": tuple(OBJECTIVES), "rlar_form": FORMS, "rlar_where": WHERE, "rlar_mode": MODES, "schedule": SCHEDULES,
-    "precision": PRECISIONS, "device": ("auto", "cpu"),
+    "precision": PRECISIONS, "device": DEVICES,
 }
 RANGES = {
     "phantom_images": (10, 1e6), "rlar_strength": (0, 10), "rlar_weight": (0, 1e9), "rlar_margin": (0, 0.999),
@@ -141,6 +140,7 @@ def check_parameters(values: Mapping[str, object]) -> RunSettings:
     s = RunSettings(**typed)
     if s.fold != "all" and not 0 <= s.fold < s.folds: raise ParameterError(f"fold: found {s.fold!r}, expected 0 to {s.folds - 1} or all")
     if s.source != "phantom" and s.data_dir is None: raise ParameterError(f"data_dir: found None, expected the folder of source {s.source!r}")
+    if s.device == "cuda" and not torch.cuda.is_available(): raise ParameterError("device: found cuda, but no GPU is seen; expected auto or cpu")
     return s
 
 # %% ../nbs/55_runs.ipynb #013
@@ -158,11 +158,11 @@ def from_notebook(variables: Mapping[str, object], before: Mapping[str, object])
 PACKAGES = ("torch", "timm", "accelerate", "monai", "pyradiomics-bhklab", "numpy", "pandas", "scikit-learn")
 
 OUTPUTS = ("split.parquet", "history.parquet", "nodules.parquet", "predictions.parquet", "metrics.json", "report.html", "model.json",
-           "model.safetensors", "checkpoint/state.pt", "latents/*.npz")
+           "model.safetensors", "fresh_head.parquet", "checkpoint/state.pt", "latents/*.npz")
 
 def changed_parameters(s: RunSettings, folder: Path) -> list[str]:
     "How the parameters differ from those of the run in the folder, leaving out what changes no result."
-    before, now = asdict(check_parameters(json.loads((folder / "params.json").read_text())["parameters"])), asdict(s)
+    before, now = asdict(check_parameters(read_json(folder / "params.json")["parameters"])), asdict(s)
     free = ("resume", "out_dir", "device", "num_workers", "tensorboard")
     return [f"{k} (was {before[k]!r}, now {v!r})" for k, v in now.items() if k not in free and before[k] != v]
 
@@ -170,17 +170,16 @@ def _check_folder(s: RunSettings, folder: Path) -> None:
     "Raise ParameterError when this run would go on with another one's weights, which may have seen the images to report, or overwrite it."
     if not (folder / "params.json").is_file():
         if s.resume: raise ParameterError(f"resume: no params.json in {folder}, so there is no run to go on with")
-    elif s.resume or (folder / "metrics.json").is_file():
-        if changed := changed_parameters(s, folder):
-            advice = "expected the same" if s.resume else "expected another out_dir, or that one removed"
-            raise ParameterError(f"{'resume' if s.resume else 'out_dir'}: the run in {folder} has other parameters: {', '.join(changed)}; {advice}")
+    elif changed := changed_parameters(s, folder):
+        advice = "expected the same" if s.resume else "expected another out_dir, or that one removed"
+        raise ParameterError(f"{'resume' if s.resume else 'out_dir'}: the run in {folder} has other parameters: {', '.join(changed)}; {advice}")
 
 def run_folder(s: RunSettings) -> Path:
     "The run's folder, made if needed, with params.json in it; starting anew removes what the same run left. DataError when it cannot be written."
     folder = resolve(s.out_dir or f"runs/{s.source}-{s.objective}-f{s.fold}-s{s.seed}")
     _check_folder(s, folder)
     if not s.resume:
-        for path in [p for pattern in OUTPUTS for p in folder.glob(pattern)]: path.unlink()
+        for path in [p for pattern in OUTPUTS for p in folder.glob(pattern)]: remove(path)
     found = versions(PACKAGES)
     write_json(folder / "params.json", {
         "parameters": {**asdict(s), "out_dir": str(folder)}, "python": found.pop("python"), "platform": found.pop("platform"), "versions": found})
@@ -192,14 +191,17 @@ def one_reader(manifest: Manifest, reader: str | None = None) -> Manifest:
     readers = list(dict.fromkeys(manifest.rows.reader_id))
     if len(readers) == 1 and reader is None: return manifest
     if reader is not None and reader not in readers: raise ParameterError(f"reader: found {reader!r}, expected one of {', '.join(readers)}")
-    return manifest.select(np.flatnonzero(manifest.rows.reader_id == (reader or readers[0])))
+    reader = reader or readers[0]
+    own = manifest.select(np.flatnonzero(manifest.rows.reader_id == reader))
+    lost = manifest.rows.image_id[~manifest.rows.image_id.isin(own.rows.image_id)].unique()
+    return replace(own, left_out=pd.concat([own.left_out, left_out_table((name, f"no reading by {reader}") for name in lost)], ignore_index=True))
 
 def open_source(s: RunSettings, progress: bool = True) -> Manifest:
-    "The manifest of a run's source, one reader's rows. Phantoms are made once per number and seed, under `cache`."
+    "The manifest of a run's source, one reader's rows. Phantoms are made once, the same for every seed, under `cache`."
     if s.source == "ddti": return one_reader(read_ddti(resolve(s.data_dir)), s.reader)
     if s.source == "folder": return one_reader(read_folder(resolve(s.data_dir)), s.reader)
-    folder = resolve(s.data_dir or f"cache/phantom-{s.phantom_images}-s{s.seed}")
-    if not (folder / "labels.csv").exists(): write_phantoms(folder, s.phantom_images, s.seed, progress=progress)
+    folder = resolve(s.data_dir or f"cache/phantom-{s.phantom_images}-{code_digest('bmode', 'neck', 'phantom')}")
+    if not (folder / "labels.csv").exists(): write_phantoms(folder, s.phantom_images, progress=progress)
     return one_reader(read_folder(folder), s.reader)
 
 # %% ../nbs/55_runs.ipynb #020
@@ -209,7 +211,7 @@ class RunData:
     manifest: Manifest
     split: Split
     data: NoduleData
-    measured: pd.DataFrame       # evidence in its own units, a row an image, and the reason where it is missing
+    measured: pd.DataFrame       # evidence in its own units, a row per image, and the reason where it is missing
     scaler: EvidenceScaler
 
 # %% ../nbs/55_runs.ipynb #022
@@ -231,7 +233,8 @@ def _disturb(s: RunSettings, manifest: Manifest, prepared: Prepared, split: Spli
 def load_data(s: RunSettings, manifest: Manifest, progress: bool = True) -> RunData:
     "Prepare images, split, measure the evidence and scale it on the training rows."
     prepared = prepare(manifest, s.image_size, progress=progress)
-    split = make_split(manifest, s.fold, s.folds)            # the same for every seed, so that seeds can be compared image by image
+    val_share = 0.15 if s.fold != "all" or s.patience else 0.0  # nothing is held back where nothing is chosen or reported
+    split = make_split(manifest, s.fold, s.folds, val_share=val_share)  # the same for every seed, so that seeds can be compared image by image
     measured = measure_manifest(manifest, progress=progress)
     names = [item.name for item in EVIDENCE]
     values = measured[names].to_numpy(float)
@@ -240,7 +243,7 @@ def load_data(s: RunSettings, manifest: Manifest, progress: bool = True) -> RunD
     if s.evidence_shuffled:                                # only in training: held-out evidence stays true
         target[split.train] = target[np.random.default_rng(s.seed).permutation(split.train)]
     prepared, grades = _disturb(s, manifest, prepared, split)
-    return RunData(manifest, split, NoduleData(prepared, target, grades, s.seed), measured, scaler)
+    return RunData(prepared.manifest, split, NoduleData(prepared, target, grades, s.seed), measured, scaler)
 
 # %% ../nbs/55_runs.ipynb #025
 def trained_tasks(objective: Objective, run: RunData) -> list[str]:
@@ -257,11 +260,17 @@ def trained_tasks(objective: Objective, run: RunData) -> list[str]:
     return tasks
 
 def split_table(run: RunData) -> pd.DataFrame:
-    "A row an image: image_id, case_id, group, its part of the split and its file's fingerprint, by which it is known again elsewhere."
+    "A row per image: image_id, case_id, group, its part of the split and its file's fingerprint, by which it is known again elsewhere."
     m = run.manifest
     part = np.full(len(m), "", object)
     for name in ("train", "val", "test"): part[getattr(run.split, name)] = name
     return m.rows[["image_id", "case_id", "group"]].assign(split=part, digest=[digest(inside(m.root, path)) for path in m.rows.image])
+
+def _check_split(now: pd.DataFrame, path: Path) -> None:
+    "Raise ParameterError when images, cases or folds differ from those that the interrupted run trained on."
+    if now.equals(read_whole(path, pd.read_parquet)): return
+    raise ParameterError(f"resume: the images or their cases are not those of {path}, so the weights may have seen what is to be reported; "
+                         "expected the same data, or a new run")
 
 # %% ../nbs/55_runs.ipynb #026
 def make_rlar(s: RunSettings) -> RLAR: return RLAR(s.rlar_weight, s.rlar_margin, s.rlar_form, s.rlar_where, s.rlar_mode)
@@ -278,6 +287,8 @@ def make_trainer(s: RunSettings, run: RunData, folder: Path, callbacks: Sequence
                       balance=s.balance, seed=s.seed, device=s.device, precision=s.precision, num_workers=s.num_workers, tensorboard=s.tensorboard)
     info = {"scale": scale.name, "image_size": list(s.image_size), "evidence": [item.name for item in EVIDENCE], "scaler": run.scaler.to_dict(),
             "objective": s.objective, "tasks": trained_tasks(objective, run)}
-    write_whole(folder / "split.parquet", split_table(run).to_parquet)
+    table = split_table(run)
+    if s.resume: _check_split(table, folder / "split.parquet")
+    write_whole(folder / "split.parquet", table.to_parquet)
     measured_with = rlar if s.objective.startswith("rlar") else RLAR(0.0, s.rlar_margin, s.rlar_form, s.rlar_where)
     return Trainer(net, objective, run.data, run.split, fit, folder, measured_with, callbacks, info)
