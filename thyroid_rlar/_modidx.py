@@ -121,6 +121,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/thyroid_rlar', 'doc_host':
                                     'thyroid_rlar.files.DataError.__init__': ('files.html#dataerror.__init__', 'thyroid_rlar/files.py'),
                                     'thyroid_rlar.files.DataError.__str__': ('files.html#dataerror.__str__', 'thyroid_rlar/files.py'),
                                     'thyroid_rlar.files._errno': ('files.html#_errno', 'thyroid_rlar/files.py'),
+                                    'thyroid_rlar.files.cache_folder': ('files.html#cache_folder', 'thyroid_rlar/files.py'),
                                     'thyroid_rlar.files.code_digest': ('files.html#code_digest', 'thyroid_rlar/files.py'),
                                     'thyroid_rlar.files.digest': ('files.html#digest', 'thyroid_rlar/files.py'),
                                     'thyroid_rlar.files.fingerprint': ('files.html#fingerprint', 'thyroid_rlar/files.py'),
@@ -650,5 +651,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/thyroid_rlar', 'doc_host':
                                        'thyroid_rlar.training.peak_memory_mb': ('training.html#peak_memory_mb', 'thyroid_rlar/training.py'),
                                        'thyroid_rlar.training.save_checkpoint': ( 'training.html#save_checkpoint',
                                                                                   'thyroid_rlar/training.py'),
+                                       'thyroid_rlar.training.stop_together': ('training.html#stop_together', 'thyroid_rlar/training.py'),
                                        'thyroid_rlar.training.train_epoch': ('training.html#train_epoch', 'thyroid_rlar/training.py'),
                                        'thyroid_rlar.training.train_step': ('training.html#train_step', 'thyroid_rlar/training.py')}}}

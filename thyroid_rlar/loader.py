@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
 from PIL import Image
 from scipy import ndimage as ndi
 from sklearn.model_selection import StratifiedGroupKFold
@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 # %% ../nbs/20_loader.ipynb #005
-from .files import code_digest, project_root, write_text, write_whole
+from .files import cache_folder, code_digest, write_text, write_whole
 from .records import Manifest
 from .sector import Sector, clean_image, find_sector, straddles
 
@@ -128,15 +128,15 @@ def _prepare_row(manifest: Manifest, i: int, size: tuple[int, int]) -> tuple[np.
 def prepare(
     manifest: Manifest,
     size: tuple[int, int] = IMAGE_SIZE,       # (height, width), multiples of 32
-    cache_dir: str | Path | None = None,      # default: `cache` at the project's root
-    n_jobs: int = 2,
+    cache_dir: str | Path | None = None,      # default: beside the data set, see `cache_folder`
+    n_jobs: int | None = None,                # processes; default: one per core, at most 8
     progress: bool = True,
 ) -> Prepared:
     "Prepared arrays, cached, and the manifest with `FLAGS`. DataError for an unreadable image, a warning for those without a sector."
-    folder = Path(cache_dir or project_root() / "cache") / f"images-{content_key(manifest, size)}"
+    folder = Path(cache_dir or cache_folder(manifest.root)) / f"images-{content_key(manifest, size)}"
     if not (folder / "index.json").exists():
         jobs = (delayed(_prepare_row)(manifest, i, size) for i in range(len(manifest)))
-        results = Parallel(n_jobs, return_as="generator")(jobs)
+        results = Parallel(n_jobs or min(8, cpu_count()), return_as="generator")(jobs)
         done = list(tqdm(results, total=len(manifest), desc="preparing images", disable=not progress, leave=False))
         write_whole(folder / "arrays.npy", lambda part: np.save(part, np.stack([d[0] for d in done])))
         index = [{"has_mask": d[2], "flags": sorted(d[3]), **asdict(d[1])} for d in done]

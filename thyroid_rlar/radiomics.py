@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import SimpleITK as sitk
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
 from PIL import Image
 from radiomics.firstorder import RadiomicsFirstOrder
 from radiomics.glszm import RadiomicsGLSZM
@@ -29,7 +29,7 @@ from scipy import ndimage
 from skimage.measure import find_contours, regionprops
 from tqdm.auto import tqdm
 
-from .files import DataError, code_digest, digest, fingerprint, inside, project_root, resolve, write_whole
+from .files import DataError, cache_folder, code_digest, digest, fingerprint, inside, resolve, write_whole
 from .records import Manifest
 from .sector import find_sector
 
@@ -292,16 +292,16 @@ def _measure_rows(manifest: Manifest, rows: Sequence[int], n_jobs: int, progress
 
 # %% ../nbs/25_radiomics.ipynb #059
 def measure_manifest(manifest: Manifest,
-                     cache_dir: str | os.PathLike | None = None, # default: `cache` in the checkout
-                     n_jobs: int = 2,        # processes
+                     cache_dir: str | os.PathLike | None = None, # default: beside the data set, see `cache_folder`
+                     n_jobs: int | None = None, # processes; default: one per core, at most 8
                      progress: bool = True   # show a bar while measuring
                     ) -> pd.DataFrame:       # a row a manifest row, index image_id, columns `NAMES` (float32) and reason
     "The evidence of every row, measured or from the cache. Raises DataError for a file that cannot be read."
-    path = (project_root() / "cache" if cache_dir is None else resolve(cache_dir)) / f"radiomics-{_code_version()}.parquet"
+    path = (cache_folder(manifest.root) if cache_dir is None else resolve(cache_dir)) / f"radiomics-{_code_version()}.parquet"
     keys, known = _keys(manifest), _read_cache(path)
     new = {key: i for i, key in enumerate(keys) if key not in known.index}
     if new:
-        values, reasons = zip(*_measure_rows(manifest, list(new.values()), n_jobs, progress))
+        values, reasons = zip(*_measure_rows(manifest, list(new.values()), n_jobs or min(8, cpu_count()), progress))
         table = pd.DataFrame(np.stack(values), index=list(new), columns=NAMES).assign(reason=reasons)
         known = pd.concat([part for part in (known, _read_cache(path), table) if len(part)])   # read again: another run may have added
         known = known[~known.index.duplicated()]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'SCHEDULES', 'DEVICES', 'QUANTILES', 'FitSettings', 'make_optimizer', 'make_schedule',
            'average_gradients', 'average_buffers', 'train_step', 'TrainingStopped', 'StepLog', 'check_finite',
-           'peak_memory_mb', 'epoch_row', 'Averaged', 'RunLog', 'Watch', 'make_accelerator', 'Trainer', 'train_epoch',
-           'end_epoch', 'save_checkpoint', 'load_checkpoint']
+           'stop_together', 'peak_memory_mb', 'epoch_row', 'Averaged', 'RunLog', 'Watch', 'make_accelerator', 'Trainer',
+           'train_epoch', 'end_epoch', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/50_training.ipynb #003
 import copy
@@ -156,6 +156,16 @@ def check_finite(steps: pd.DataFrame, log: StepLog, epoch: int, image_ids: list[
 
 def _kept(epoch: int) -> str:
     return f"The checkpoint of epoch {epoch - 1} is kept." if epoch else "No epoch was finished, so there is no checkpoint."
+
+def stop_together(check: Callable[[], None], accelerator: Accelerator) -> None:
+    "Run a check; where one process must stop, all do, instead of waiting for it for ever."
+    error = None
+    try: check()
+    except TrainingStopped as stop: error = stop
+    if accelerator.num_processes > 1:
+        stopped = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device), "sum")
+        if stopped and error is None: error = TrainingStopped("another process found losses or gradients that are not finite; its message says where")
+    if error is not None: raise error
 
 # %% ../nbs/50_training.ipynb #019
 def peak_memory_mb(device: torch.device) -> float:
@@ -313,7 +323,7 @@ def train_epoch(t: Trainer, bar: tqdm) -> dict[str, float]:
         bar.update()
         asked = time.perf_counter()
     steps = log.collect()
-    check_finite(steps, log, t.epoch, t.log.image_ids, t.accelerator.scaler is not None)
+    stop_together(lambda: check_finite(steps, log, t.epoch, t.log.image_ids, t.accelerator.scaler is not None), t.accelerator)
     if not all(w.isfinite().all() for w in t.average.net.state_dict().values()):
         raise TrainingStopped(f"epoch {t.epoch}: the weights are no longer finite after its last step. {_kept(t.epoch)}")
     t.log.history.append(steps.assign(kind="step", split="train", epoch=t.epoch, step=np.arange(len(steps)), lr=rates))

@@ -1,0 +1,73 @@
+"""Two processes on the CPU (gloo) train one network between them."""
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import json, sys
+import numpy as np
+import torch
+from pathlib import Path
+from thyroid_rlar.files import resolve
+from thyroid_rlar.folder import read_folder
+from thyroid_rlar.loader import NoduleData, make_split, prepare
+from thyroid_rlar.network import MultitaskNet, NetworkSettings
+from thyroid_rlar.objectives import make_objective
+from thyroid_rlar.training import FitSettings, Trainer, TrainingStopped
+
+folder, broken = Path(sys.argv[1]), sys.argv[2] == "broken"
+torch.set_num_threads(1)
+phantoms = read_folder(resolve("data/phantom"), verbose=False)
+data = NoduleData(prepare(phantoms, (64, 96), folder / "cache", n_jobs=1, progress=False), np.full((len(phantoms), 0), np.nan))
+torch.manual_seed(0)
+net = MultitaskNet(NetworkSettings(grades=5, evidence=0, stride=8, width=32, embedding=16))
+settings = FitSettings(epochs=2, batch_size=4, device="cpu")
+trainer = Trainer(net, make_objective("rlar", strength=0.2), data, make_split(phantoms), settings, folder / "run")
+rank = trainer.accelerator.process_index
+assert trainer.accelerator.num_processes == 2
+backward = trainer.objective.backward
+def spoiled(net, batch, context):
+    report = backward(net, batch, context)
+    report.means["seg"] = report.means["seg"] * torch.nan
+    return report
+if broken and rank == 1: trainer.objective.backward = spoiled       # one process alone sees it: the gradients stay finite
+said = ""
+try: trainer.fit()
+except TrainingStopped as stop: said = str(stop)
+state = {name: value.double().sum().item() for name, value in trainer.net.state_dict().items()}
+found = dict(said=said, best=trainer.best, steps=len(trainer.loader), state=state)
+(folder / f"{rank}.json").write_text(json.dumps(found))
+"""
+
+
+def two_processes(folder: Path, how: str) -> list[dict]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    (folder / "script.py").write_text(SCRIPT)
+
+    together = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, folder / "script.py", folder, how]
+    running = [subprocess.Popen(command, env=together | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True) for rank in "01"]
+    for process in running:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_both_end_with_the_same_network_and_one_run_folder(tmp_path):
+    first, second = two_processes(tmp_path, "whole")
+    assert first["said"] == second["said"] == "" and first["steps"] == second["steps"] > 0
+    assert first["best"] == second["best"] and first["state"] == second["state"]
+    assert (tmp_path / "run/model.safetensors").is_file()
+
+
+def test_where_one_must_stop_both_do(tmp_path):
+    first, second = (found["said"] for found in two_processes(tmp_path, "broken"))
+    assert "another process" in first and "step 0: loss_seg nan on images" in second
+
+
