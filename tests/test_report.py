@@ -45,7 +45,7 @@ HISTORIES = [
     ({}, []),
     ({"loss_seg": 1.0}, ["segmentation loss"]),
     ({"loss_seg": 1.0, "dice": 0.5, "auroc_high": np.nan}, ["segmentation loss", "Dice"]),
-    ({"loss_risk": 1.0, "qwk": 0.3, "unknown": 1.0}, ["grade loss", "quadratic kappa"]),
+    ({"loss_risk": 1.0, "loss_evidence": 0.3, "unknown": 1.0}, ["grade loss", "evidence loss"]),
     (dict.fromkeys(fg.CURVES, 0.5), list(fg.CURVES.values())),
 ]
 

@@ -51,7 +51,8 @@ def _grid(panels: int, columns: int, height: int, **options) -> tuple[go.Figure,
     """An empty figure of equal panels and their (row, column), counted from 1; `height` in pixels is per row."""
     columns = max(1, min(columns, panels))
     rows = max(1, math.ceil(panels / columns))
-    fig = make_subplots(rows, columns, **options)
+    specs = [[{} if r * columns + c < panels else None for c in range(columns)] for r in range(rows)]   # no empty axes after the last
+    fig = make_subplots(rows, columns, specs=specs, **options)
     fig.update_layout(template=TEMPLATE, height=height * rows + 90)
     return fig, [(i // columns + 1, i % columns + 1) for i in range(panels)]
 
