@@ -57,8 +57,9 @@ def predict(
     device = next(net.parameters()).device
     net.eval()
     parts = [predict_batch(net, b["image"].to(device), b["valid"].to(device)) for b in eval_loader(data, rows, batch_size)]
-    masks, grades, evidence = map(np.concatenate, zip(*parts)) if parts else (np.zeros((0, *data.prepared.size)),) * 3
     manifest, prepared = data.prepared.manifest, data.prepared
+    none = (np.zeros((0, *prepared.size)), np.zeros((0, len(manifest.scale))), np.zeros((0, data.evidence.shape[1])))
+    masks, grades, evidence = map(np.concatenate, zip(*parts)) if parts else none
     table = manifest.rows.loc[list(rows), ["image_id", "case_id", "group", "grade", "grade_index"]].reset_index(drop=True).assign(split=split)
     if "risk" in tasks:
         columns = probability_columns(manifest.scale)
