@@ -47,13 +47,12 @@ def _run_tables(folders: Sequence[str | Path], name: str) -> list[pd.DataFrame]:
         scale = read_json(path.parent / "model.json")["scale"]
         found = dict(settings=key, objective=p["objective"], network=p["network"], scale=scale, fold=p["fold"], run=str(path.parent))
         tables.append(read_whole(path, pd.read_parquet).assign(**found))
+    if not tables: raise FileNotFoundError(f"{', '.join(map(str, folders))}: no finished runs on a fold below")
     return tables
 
 def read_runs(*folders: str | Path) -> pd.DataFrame:
     "Predictions of all finished runs below the folders, with columns method, objective, network, scale, fold, run. ValueError for two scales."
-    tables = _run_tables(folders, "predictions.parquet")
-    if not tables: raise FileNotFoundError(f"{', '.join(map(str, folders))}: no finished runs on a fold below")
-    runs = pd.concat(tables, ignore_index=True)
+    runs = pd.concat(_run_tables(folders, "predictions.parquet"), ignore_index=True)
     if runs.scale.nunique() > 1: raise ValueError(f"{folders}: runs on the scales {', '.join(runs.scale.unique())}; expected one")
     return runs.assign(method=method_names(runs))
 
@@ -93,7 +92,6 @@ COURSE = ("epoch", "excess", "excess_shuffled", "strength", "rlar_weight", "cos_
 def course(*folders: str | Path) -> pd.DataFrame:
     "A row per run and epoch, measured on inner validation images: method, fold, run and the columns of `COURSE`."
     tables = _run_tables(folders, "history.parquet")
-    if not tables: raise FileNotFoundError(f"{', '.join(map(str, folders))}: no finished runs on a fold below")
     epochs = pd.concat([t[(t.kind == "epoch") & (t.split == "val")] for t in tables], ignore_index=True)
     return epochs.assign(method=method_names(epochs))[["method", "fold", "run", *COURSE]]
 
@@ -173,7 +171,7 @@ def held_out_angles(net: MultitaskNet, data: NoduleData, rows: Sequence[int], rl
 def fresh_head_angles(run_dir: str | Path, progress: bool = True) -> pd.DataFrame:
     "`held_out_angles` of a run's reported fold with a fresh risk head on its frozen encoder; kept in the run folder as fresh_head.parquet."
     path = Path(run_dir) / "fresh_head.parquet"
-    if path.is_file(): return pd.read_parquet(path)
+    if path.is_file(): return read_whole(path, pd.read_parquet)
     trained = load_run(run_dir)
     run = load_data(trained.settings, open_source(trained.settings, progress), progress)
     net = fit_fresh_head(trained.net, run.data, run.split.train, seed=trained.settings.seed)
@@ -197,7 +195,7 @@ def keep_run(run_dir: str | Path, out_dir: str | Path) -> Path:
     if here.is_relative_to(project_root()): params["parameters"]["out_dir"] = here.relative_to(project_root()).as_posix()
     write_json(out_dir / "params.json", params)
     write_json(out_dir / "model.json", {"scale": read_json(run_dir / "model.json")["scale"]})
-    history = pd.read_parquet(run_dir / "history.parquet")
+    history = read_whole(run_dir / "history.parquet", pd.read_parquet)
     write_whole(out_dir / "history.parquet", history[history.kind == "epoch"].dropna(axis=1, how="all").to_parquet)
     for name in ("metrics.json", "predictions.parquet", "fresh_head.parquet"):
         if (run_dir / name).is_file(): write_whole(out_dir / name, partial(shutil.copyfile, run_dir / name))

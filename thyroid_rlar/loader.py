@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 # %% ../nbs/20_loader.ipynb #005
-from .files import cache_folder, code_digest, write_text, write_whole
+from .files import cache_folder, code_digest, read_json, write_text, write_whole
 from .records import Manifest
 from .sector import Sector, clean_image, find_sector, straddles
 
@@ -141,7 +141,7 @@ def prepare(
         write_whole(folder / "arrays.npy", lambda part: np.save(part, np.stack([d[0] for d in done])))
         index = [{"has_mask": d[2], "flags": sorted(d[3]), **asdict(d[1])} for d in done]
         write_text(folder / "index.json", json.dumps(index))        # last: its presence says the arrays are whole
-    index = json.loads((folder / "index.json").read_text())
+    index = read_json(folder / "index.json")
     if blank := [name for name, row in zip(manifest.rows.image_id, index) if "no_sector" in row["flags"]]:
         warnings.warn(f"no ultrasound sector was found in {len(blank)} of {len(manifest)} images; the network sees black: {', '.join(blank[:10])}",
                       stacklevel=2)

@@ -146,7 +146,7 @@ def check_evaluation(values: Mapping[str, object]) -> EvaluationSettings:
 def load_run(folder: str | Path) -> TrainedRun:
     "A run folder's network, model.json and parameters. Raises FileNotFoundError naming what is missing."
     net, info = load_model(folder)
-    parameters = read_json(Path(folder) / "params.json")["parameters"] | {"device": "auto"}    # it may have been trained on another machine
+    parameters = read_json(Path(folder) / "params.json")["parameters"]
     return TrainedRun(net, info, check_parameters(parameters), read_whole(Path(folder) / "split.parquet", pd.read_parquet))
 
 # %% ../nbs/64_predictions.ipynb #018

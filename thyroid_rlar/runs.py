@@ -140,7 +140,6 @@ def check_parameters(values: Mapping[str, object]) -> RunSettings:
     s = RunSettings(**typed)
     if s.fold != "all" and not 0 <= s.fold < s.folds: raise ParameterError(f"fold: found {s.fold!r}, expected 0 to {s.folds - 1} or all")
     if s.source != "phantom" and s.data_dir is None: raise ParameterError(f"data_dir: found None, expected the folder of source {s.source!r}")
-    if s.device == "cuda" and not torch.cuda.is_available(): raise ParameterError("device: found cuda, but no GPU is seen; expected auto or cpu")
     return s
 
 # %% ../nbs/55_runs.ipynb #013
@@ -151,8 +150,10 @@ def parameters_of(variables: Mapping[str, object], before: Mapping[str, object])
     return {k: variables[k] for k in new if k not in skip and not k.startswith("_")}
 
 def from_notebook(variables: Mapping[str, object], before: Mapping[str, object]) -> RunSettings:
-    "RunSettings from a notebook's variables, given those that existed before its parameter cells."
-    return check_parameters(parameters_of(variables, before))
+    "RunSettings from a notebook's variables, given those that existed before its parameter cells; ParameterError for a GPU that is not there."
+    s = check_parameters(parameters_of(variables, before))
+    if s.device == "cuda" and not torch.cuda.is_available(): raise ParameterError("device: found cuda, but no GPU is seen; expected auto or cpu")
+    return s
 
 # %% ../nbs/55_runs.ipynb #016
 PACKAGES = ("torch", "timm", "accelerate", "monai", "pyradiomics-bhklab", "numpy", "pandas", "scikit-learn")
