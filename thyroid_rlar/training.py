@@ -49,7 +49,7 @@ class FitSettings:
     "How to train; what to train comes as network, objective and data."
     epochs: int = 24
     batch_size: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.05
     schedule: str = "onecycle"      # or `cosine`, after a short warm-up
     clip: float = 1.0               # largest gradient norm
