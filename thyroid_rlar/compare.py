@@ -38,9 +38,9 @@ from .tirads import Scale
 PER_FOLD = ("fold", "out_dir", "resume", "device", "num_workers", "tensorboard")
 
 def _run_tables(folders: Sequence[str | Path], name: str) -> list[pd.DataFrame]:
-    "The tables of one name in all finished runs on a fold below the folders, with columns settings, objective, network, scale, fold, run."
+    "The tables of one name in all finished runs on a fold below each folder in turn, with columns settings, objective, network, scale, fold, run."
     tables, needed = [], ("params.json", "predictions.parquet")
-    for path in sorted(p for folder in folders for p in Path(folder).rglob(name) if all((p.parent / n).is_file() for n in needed)):
+    for path in [p for folder in folders for p in sorted(Path(folder).rglob(name)) if all((p.parent / n).is_file() for n in needed)]:
         p = read_json(path.parent / "params.json")["parameters"]
         if p["fold"] == "all": continue                       # it reports no image that it had left out
         key = json.dumps({k: v for k, v in p.items() if k not in PER_FOLD}, sort_keys=True)

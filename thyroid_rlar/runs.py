@@ -153,6 +153,8 @@ def from_notebook(variables: Mapping[str, object], before: Mapping[str, object])
     "RunSettings from a notebook's variables, given those that existed before its parameter cells; ParameterError for a GPU that is not there."
     s = check_parameters(parameters_of(variables, before))
     if s.device == "cuda" and not torch.cuda.is_available(): raise ParameterError("device: found cuda, but no GPU is seen; expected auto or cpu")
+    if s.precision == "fp16" and (s.device == "cpu" or not torch.cuda.is_available()):
+        raise ParameterError("precision: found fp16, which needs a GPU, and none is used; expected fp32 or bf16")
     return s
 
 # %% ../nbs/55_runs.ipynb #016

@@ -80,7 +80,8 @@ def make_optimizer(net: nn.Module, s: FitSettings) -> torch.optim.AdamW:
 def make_schedule(optimizer: torch.optim.Optimizer, s: FitSettings, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     "One-cycle (Smith 2018), or cosine after a warm-up of 5 % of the steps."
     if s.schedule == "onecycle":
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, s.learning_rate, total_steps=steps, pct_start=0.2)
+        rising = 0.3 if steps == 5 else 0.2                      # a rise of exactly one step would divide by zero in OneCycleLR
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, s.learning_rate, total_steps=steps, pct_start=rising)
     warm = max(1, steps // 20)
     rate = lambda i: min(1.0, (i + 1) / warm) * 0.5 * (1 + math.cos(math.pi * min(1.0, i / steps)))
     return torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
