@@ -15,6 +15,8 @@ endif
 # what `make run` trains: the built-in phantom set, short enough for two CPU cores
 RUN_DIR := runs/phantom
 RUN     := -p source phantom -p epochs 20 -p out_dir $(RUN_DIR)
+# an earlier run there with other parameters, as after an update, is renamed, with a sentence that says so
+SET_ASIDE := import sys; from thyroid_rlar.runs import set_aside; set_aside(dict(zip(sys.argv[1::2], sys.argv[2::2])))
 
 # notebooks run on the environment's own kernel, whatever kernels the user has
 export JUPYTER_PREFER_ENV_PATH := 1
@@ -30,6 +32,7 @@ help:  ## list the targets
 
 run: env  ## install what is missing, train and report on the built-in phantom images
 	$(call need,nbs/runs/train.ipynb)
+	@$(BIN)/python -c '$(SET_ASIDE)' $(filter-out -p,$(RUN))
 	mkdir -p $(RUN_DIR)
 	$(BIN)/papermill nbs/runs/train.ipynb $(RUN_DIR)/train.ipynb $(RUN)
 	@echo 'Done: the executed notebook is $(RUN_DIR)/train.ipynb, the report $(RUN_DIR)/report.html'

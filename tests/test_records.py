@@ -155,6 +155,15 @@ def test_paths_do_not_depend_on_where_we_are(tmp_path, monkeypatch):
     assert files.resolve(tmp_path) == tmp_path.resolve()
 
 
+def test_the_checkout_is_this_project_s_and_not_another_s(tmp_path, monkeypatch):
+    ours = files.project_root()
+    (tmp_path / "nbs").mkdir()
+    monkeypatch.chdir(tmp_path / "nbs")
+    for lib_name, root in (("another", ours), ("thyroid_rlar_more", ours), ("thyroid_rlar", tmp_path.resolve())):
+        (tmp_path / "settings.ini").write_text(f"[DEFAULT]\nrepo = x\nlib_name = {lib_name}\nversion = 1\n")
+        assert files.project_root() == root
+
+
 # ---- contours and masks ---------------------------------------------------------------------------------------------
 
 def winding(polygon, x, y):

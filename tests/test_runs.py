@@ -8,12 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 
+from thyroid_rlar import runs
 from thyroid_rlar.evaluation import RISK, SEGMENTATION
+from thyroid_rlar.files import DataError
 from thyroid_rlar.predictions import EvaluationSettings
-from thyroid_rlar.runs import RunSettings, read_size
+from thyroid_rlar.runs import RunSettings, read_size, run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["-p", "source", "folder", "-p", "data_dir", "data/phantom", "-p", "image_size", "64x96", "-p", "folds", "3", "-p", "stride", "8",
@@ -62,6 +65,20 @@ def test_run_folder_is_complete(run_dir):
     assert metrics["images"] == len(pd.read_parquet(run_dir / "predictions.parquet"))
 
 
+def test_an_image_with_some_of_its_evidence_counts_as_one_with_evidence():
+    settings = RunSettings(source="folder", data_dir="data/phantom", image_size=(64, 96), folds=3)
+    run = runs.load_data(settings, runs.open_source(settings, progress=False), progress=False)
+    part, none = run.split.train[:2]
+    run.data.evidence[part, 1:], run.data.evidence[none] = np.nan, np.nan
+    run.measured.iloc[[part, none], run.measured.columns.get_loc("reason")] = "cut by the sector's edge"
+    source, = [cell.source for cell in nbformat.read(ROOT / "nbs/runs/train.ipynb", 4).cells if '"with evidence"' in cell.source]
+    *statements, table = ast.parse(source).body
+    names = vars(runs) | {"settings": settings, "manifest": run.manifest, "load_data": lambda *_: run}
+    exec(compile(ast.Module(statements, []), "train.ipynb", "exec"), names)
+    assert eval(ast.unparse(table), names)["with evidence"].to_dict() == {
+        "training": len(run.split.train) - 1, "validation": len(run.split.val), "reported": len(run.split.test)}
+
+
 def test_report_opens_offline(run_dir):
     text = (run_dir / "report.html").read_text(encoding="utf-8")
     assert "research only" in text.lower() and "medical device" in text.lower()
@@ -102,10 +119,46 @@ def test_contours_can_be_measured_on_another_scale_and_grades_cannot(run_dir, tm
     ("train.ipynb", ["-p", "source", "folder", "-p", "data_dir", "no/such/folder"], "no/such/folder"),
     ("evaluate.ipynb", ["-p", "rundir", "x"], "run_dir"),
     ("evaluate.ipynb", ["-p", "run_dir", "no/such/run"], "no/such/run"),
+    ("compare.ipynb", ["-p", "runs_dir", "7"], "7: no finished runs"),
+    ("compare.ipynb", ["-p", "fresh_heads", "no"], "fresh_heads: found 'no', expected true or false"),
+    ("compare.ipynb", ["-p", "runsdir", "x"], "runs_dir"),
 ])
 def test_what_is_wrong_is_an_error_that_says_what_is_right(tmp_path, notebook, parameters, message):
     done = papermill(notebook, tmp_path / "out.ipynb", *parameters, *(["-p", "out_dir", tmp_path / "run"] if notebook == "train.ipynb" else []))
     assert done.returncode != 0 and message in done.stderr, done.stderr[-2000:]
+
+
+def test_a_run_whose_data_cannot_be_read_loses_nothing(run_dir, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(ROOT / "data/phantom", data)
+    shutil.copytree(run_dir, out)
+    record = json.loads((out / "params.json").read_text())
+    record["parameters"] |= {"data_dir": str(data), "out_dir": str(out)}
+    (out / "params.json").write_text(json.dumps(record))
+    finished = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (data / "labels.csv").write_text("image\n")
+    done = papermill("train.ipynb", tmp_path / "train.ipynb", *TINY, "-p", "data_dir", data, "-p", "out_dir", out)
+    assert done.returncode != 0 and "labels.csv" in done.stderr, done.stderr[-2000:]
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == finished
+
+
+@pytest.mark.parametrize("where", ["a file/run", "/proc/run"])      # neither can be written by root either, whom chmod does not stop
+def test_a_run_folder_that_cannot_be_written_is_named(tmp_path, where):
+    (tmp_path / "a file").write_text("")
+    with pytest.raises(DataError, match=f"{tmp_path / where}.*: writing: found"): run_folder(RunSettings(out_dir=str(tmp_path / where)))
+
+
+def test_make_run_moves_aside_what_another_version_left(tmp_path):
+    out = tmp_path / "phantom"
+    out.mkdir()
+    (out / "params.json").write_text(json.dumps({"parameters": {"source": "phantom", "lambda": 1}}))
+    make = ["make", "-n", "run", f"BIN={Path(sys.executable).parent}", f"RUN_DIR={out}"]
+    plan = subprocess.run(make, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    before_training, = [line for line in plan.splitlines() if "set_aside" in line]
+    done = subprocess.run(before_training, shell=True, capture_output=True, text=True, cwd=ROOT)
+    moved, = tmp_path.glob("phantom.old-*")
+    assert done.returncode == 0 and str(moved) in done.stdout and "unknown parameter lambda" in done.stdout, done.stderr
+    assert (moved / "params.json").is_file() and not out.exists()
 
 
 def test_compare_pools_and_pairs(run_dir, tmp_path):
@@ -123,7 +176,7 @@ def test_compare_pools_and_pairs(run_dir, tmp_path):
 # ---- what else people run ---------------------------------------------------------------------------------------------
 
 def test_segmentation_alone_on_a_unet_reports_no_grade(tmp_path):
-    parameters = ["-p", "out_dir", tmp_path, "-p", "objective", "seg_only", "-p", "network", "unet"]
+    parameters = ["-p", "out_dir", tmp_path, "-p", "objective", "seg_only", "-p", "network", "unet", "-p", "stride", 4]
     done = papermill("train.ipynb", tmp_path / "train.ipynb", *TINY, *parameters)
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = metrics_of(tmp_path)

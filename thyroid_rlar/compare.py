@@ -31,7 +31,7 @@ from .predictions import evidence_fit, evidence_r2, load_run
 from .radiomics import NAMES
 from .report import METRICS
 from .rlar import RLAR
-from .runs import load_data, make_rlar, open_source
+from .runs import check_split, load_data, make_rlar, open_source
 from .tirads import Scale
 
 # %% ../nbs/68_compare.ipynb #008
@@ -169,11 +169,12 @@ def held_out_angles(net: MultitaskNet, data: NoduleData, rows: Sequence[int], rl
 
 # %% ../nbs/68_compare.ipynb #019
 def fresh_head_angles(run_dir: str | Path, progress: bool = True) -> pd.DataFrame:
-    "`held_out_angles` of a run's reported fold with a fresh risk head on its frozen encoder; kept in the run folder as fresh_head.parquet."
+    "`held_out_angles` of a run's reported fold with a fresh risk head on its encoder, kept as fresh_head.parquet. ParameterError for other data."
     path = Path(run_dir) / "fresh_head.parquet"
     if path.is_file(): return read_whole(path, pd.read_parquet)
     trained = load_run(run_dir)
     run = load_data(trained.settings, open_source(trained.settings, progress), progress)
+    check_split(run, Path(run_dir))             # a fresh head must not see what the run reports
     net = fit_fresh_head(trained.net, run.data, run.split.train, seed=trained.settings.seed)
     angles = held_out_angles(net, run.data, run.split.test, make_rlar(trained.settings))
     write_whole(path, angles.to_parquet)

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable
@@ -37,12 +38,16 @@ class DataError(ValueError):
         return f"{self.file}: {self.field}: found {self.found}, expected {self.expected}"
 
 # %% ../nbs/03_files.ipynb #009
+def _is_checkout(folder: Path) -> bool:
+    settings = folder / "settings.ini"
+    return settings.is_file() and bool(re.search(r"(?m)^lib_name\s*=\s*thyroid_rlar\s*$", settings.read_text(encoding="utf-8", errors="replace")))
+
 def project_root() -> Path:
-    "The checkout: the nearest folder with a `settings.ini` above the working folder or above this file, else the working folder."
+    "The checkout: the nearest folder with this project's `settings.ini` above the working folder or above this file, else the working folder."
     here = [Path.cwd(), Path(__file__).resolve().parent] if "__file__" in globals() else [Path.cwd()]
     for start in here:
         for folder in (start, *start.parents):
-            if (folder / "settings.ini").is_file(): return folder
+            if _is_checkout(folder): return folder
     return Path.cwd()
 
 def resolve(path: str | os.PathLike) -> Path:

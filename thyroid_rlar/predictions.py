@@ -20,13 +20,13 @@ import torch
 
 # %% ../nbs/64_predictions.ipynb #005
 from .evaluation import SEGMENTATION, evaluate, median_grade, per_image_segmentation, probability_columns
-from .files import digest, inside, read_json, read_whole, resolve
+from .files import digest, inside, read_whole, resolve
 from .intervals import bootstrap, ratio
 from .loader import NoduleData, eval_loader, prepare
 from .network import MultitaskNet, load_model
 from .radiomics import NAMES, EvidenceScaler, measure_manifest
 from .records import Manifest
-from .runs import CHOICES, ParameterError, RunSettings, check_names, check_parameters, open_source
+from .runs import CHOICES, ParameterError, RunSettings, open_source, recorded_settings, typed_parameters
 
 # %% ../nbs/64_predictions.ipynb #008
 @torch.no_grad()
@@ -132,7 +132,7 @@ class TrainedRun:
 # %% ../nbs/64_predictions.ipynb #017
 def check_evaluation(values: Mapping[str, object]) -> EvaluationSettings:
     "EvaluationSettings from names and values. Raises ParameterError naming what is allowed."
-    check_names(values, [f.name for f in fields(EvaluationSettings)])
+    values = typed_parameters(values, dict.fromkeys(f.name for f in fields(EvaluationSettings)))
     for name, choices in (("source", (None, *CHOICES["source"])), ("part", ("auto", "all"))):
         if values.get(name, choices[0]) not in choices: raise ParameterError(f"{name}: found {values[name]!r}, expected one of {choices}")
     run_dir = resolve(values.get("run_dir") or "")
@@ -147,8 +147,7 @@ def check_evaluation(values: Mapping[str, object]) -> EvaluationSettings:
 def load_run(folder: str | Path) -> TrainedRun:
     "A run folder's network, model.json and parameters. Raises FileNotFoundError naming what is missing."
     net, info = load_model(folder)
-    parameters = read_json(Path(folder) / "params.json")["parameters"]
-    return TrainedRun(net, info, check_parameters(parameters), read_whole(Path(folder) / "split.parquet", pd.read_parquet))
+    return TrainedRun(net, info, recorded_settings(folder), read_whole(Path(folder) / "split.parquet", pd.read_parquet))
 
 # %% ../nbs/64_predictions.ipynb #018
 def unseen(manifest: Manifest, split: pd.DataFrame) -> np.ndarray:

@@ -355,7 +355,8 @@ def end_epoch(t: Trainer, timing: dict[str, float], bar: tqdm) -> None:
         t.log.save()
         save_checkpoint(t)
     if s.tensorboard: t.accelerator.log({k: float(v) for k, v in row.items() if isinstance(v, Real) and np.isfinite(v)}, step=t.epoch)
-    bar.set_postfix(loss=f"{loss:.3f}", dice=f"{row.dice:.3f}", cos=f"{row[f'cos_{t.watch.rlar.where}_mean']:+.3f}")
+    bar.set_postfix(seg=f"{row.loss_seg:.3f}", risk=f"{row.loss_risk:.3f}", evidence=f"{row.loss_evidence:.3f}", dice=f"{row.dice:.3f}",
+                    cos=f"{row[f'cos_{t.watch.rlar.where}_mean']:+.3f}")
 
 # %% ../nbs/50_training.ipynb #033
 def save_checkpoint(t: Trainer) -> None:
