@@ -170,7 +170,9 @@ def outer_folds(manifest: Manifest, folds: int = 5, seed: int = 0) -> np.ndarray
         raise ValueError(f"folds: found {folds}, expected 2 to {most} (no more than case groups, or images of the commonest grade)")
     fold = np.empty(len(manifest), int)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for k, (_, test) in enumerate(splitter.split(groups, _strata(manifest), groups)): fold[test] = k
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The least populated class")    # a rare grade is in fewer folds than there are: so be it
+        for k, (_, test) in enumerate(splitter.split(groups, _strata(manifest), groups)): fold[test] = k
     return fold
 
 # %% ../nbs/20_loader.ipynb #022
