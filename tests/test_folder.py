@@ -83,10 +83,20 @@ def test_a_bad_table_is_an_error_that_says_where(folder, text, said):
     with pytest.raises(DataError, match=f"labels.csv.*{said}"): read(folder)
 
 
-@pytest.mark.parametrize("grades, scale", [(["TR1", "TR5"], "acr"), (["4a", "2"], "ddti"), (["5", "3"], "ddti"), (["", "tr2"], "acr")])
+@pytest.mark.parametrize("grades, scale", [(["TR1", "TR5"], "acr"), (["4a", "2"], "ddti"), (["4c", "5"], "ddti"), (["", "tr2"], "acr")])
 def test_the_grades_tell_the_scale(folder, grades, scale):
     table(folder, HEAD + f"a.png,1,{grades[0]}\nb.png,2,{grades[1]}\n")
     assert read(folder).scale.name == scale
+
+
+def test_a_bare_number_tells_no_scale(folder):
+    table(folder, HEAD + "a.png,1,3\nb.png,2,5\n")
+    with pytest.raises(DataError, match="scale: found no such column, and grades 3, 5"): read_folder(folder, verbose=False)
+
+
+def test_one_grade_off_the_others_scale_is_named_with_its_line(folder):
+    table(folder, HEAD + "a.png,1,TR4\nb.png,2,TR9\na.png,3,TR5\n")
+    with pytest.raises(DataError, match=r"line 3: grade: found 'TR9', expected blank or one of TR1"): read_folder(folder, verbose=False)
 
 
 def test_a_scale_can_be_asked_for(folder):

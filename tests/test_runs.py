@@ -16,7 +16,7 @@ from thyroid_rlar import runs
 from thyroid_rlar.evaluation import RISK, SEGMENTATION
 from thyroid_rlar.files import DataError
 from thyroid_rlar.predictions import EvaluationSettings
-from thyroid_rlar.runs import RunSettings, read_size, run_folder
+from thyroid_rlar.runs import ParameterError, RunSettings, open_source, read_size, run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["-p", "source", "folder", "-p", "data_dir", "data/phantom", "-p", "image_size", "64x96", "-p", "folds", "3", "-p", "stride", "8",
@@ -220,3 +220,14 @@ def test_images_without_grades_train_the_contour_and_resume_goes_on(tmp_path):
     labels.assign(case=labels["case"].replace(labels["case"][0], "another")).to_csv(data / "labels.csv", index=False)
     done = papermill("train.ipynb", tmp_path / "moved.ipynb", *parameters, "-p", "resume", True)
     assert done.returncode != 0 and "expected the same data, or a new run" in done.stderr, done.stderr[-2000:]
+
+
+def test_phantoms_are_not_somebody_else_s_images():
+    settings = RunSettings(source="phantom", data_dir="data/phantom", phantom_images=500)
+    with pytest.raises(ParameterError, match="holds 24 images and not 500 phantoms"): open_source(settings)
+
+
+def test_a_run_is_not_started_over_an_evaluation(tmp_path):
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(ParameterError, match="holds metrics.json but no params.json"): run_folder(RunSettings(out_dir=str(tmp_path)))
+    assert (tmp_path / "metrics.json").read_text() == "{}"

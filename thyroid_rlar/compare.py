@@ -72,7 +72,9 @@ def pooled(runs: pd.DataFrame, scale: Scale) -> pd.DataFrame:
     rows = []
     for method, table in runs.groupby("method", sort=False):
         if (twice := table.image_id.duplicated()).any():
-            raise ValueError(f"{method}: image {table.image_id[twice].iloc[0]!r} is reported by more than one run; pool one run per fold")
+            image = table.image_id[twice].iloc[0]
+            folders = ", ".join(map(str, table.run[table.image_id == image].unique()))
+            raise ValueError(f"{method}: image {image!r} is reported by more than one run: {folders}; expected one run per fold")
         metrics = evaluate(table, scale)
         for part in ("segmentation", "risk"):
             rows += [dict(method=method, metric=name, images=metrics["images"], cases=metrics["cases"], folds=table.fold.nunique(),

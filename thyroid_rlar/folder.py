@@ -74,17 +74,18 @@ def _check_head(path: Path, head: Sequence[str]) -> None:
 
 # %% ../nbs/14_folder.ipynb #013
 def _find_scale(path: Path, table: Sequence[dict], scale: Scale | None) -> Scale:
-    "The scale asked for, or named in the table, or the only one that has all its grades."
+    "The scale asked for, or named in the table, or the one of most grades that tell it, such as TR4 or 4a: a bare number may be meant on either."
     named = sorted({row["scale"] for row in table if row.get("scale")})
     if len(named) > 1: raise DataError(path, "scale", ", ".join(named), "the same in all rows: scales are never mixed")
     if named and scale and named != [scale.name]: raise DataError(path, "scale", named[0], scale.name)
     if scale: return scale
     if named and named[0] not in SCALES: raise DataError(path, "scale", repr(named[0]), f"one of {', '.join(SCALES)}")
     if named: return SCALES[named[0]]
-    grades = {row["grade"] for row in table if row["grade"]}
-    fits = [s for s in SCALES.values() if grades and all(_on(s, grade) for grade in grades)]
-    if len(fits) == 1: return fits[0]
-    raise DataError(path, "scale", f"no such column, and grades {', '.join(sorted(grades)) or 'all blank'}",
+    grades = [row["grade"] for row in table if row["grade"]]
+    telling = [grade for grade in grades if not grade.isdigit()]
+    for s in SCALES.values():
+        if sum(_on(s, grade) for grade in telling) > len(telling) / 2: return s          # a grade that is not on it is named with its line
+    raise DataError(path, "scale", f"no such column, and grades {', '.join(sorted(set(grades))) or 'all blank'}",
                     f"a column scale with one of {', '.join(SCALES)}")
 
 def _on(scale: Scale, grade: str | None) -> bool:

@@ -85,6 +85,7 @@ FLAGS = {
     "two_panes": "two views side by side",
     "straddles_seam": "a contour lies across the seam of two views",
     "no_sector": "no scan was found on the image: it is black to the network",
+    "mask_vanished": "the nodule is smaller than a pixel at the network's size: taken as without a contour",
 }
 
 def sector_flags(sector: Sector, mask: np.ndarray | None) -> set[str]:
@@ -122,7 +123,10 @@ def content_key(manifest: Manifest, size: tuple[int, int]) -> str:
 def _prepare_row(manifest: Manifest, i: int, size: tuple[int, int]) -> tuple[np.ndarray, Placement, bool, set[str]]:
     image, mask = manifest.load(i)
     sector = find_sector(image)
-    return *prepare_image(image, mask, size, sector), mask is not None, sector_flags(sector, mask)
+    array, placement = prepare_image(image, mask, size, sector)
+    vanished = mask is not None and not array[1].any()         # as an empty mask it would teach that there is no nodule
+    flags = sector_flags(sector, mask) | ({"mask_vanished"} if vanished else set())
+    return array, placement, mask is not None and not vanished, flags
 
 # %% ../nbs/20_loader.ipynb #017
 def prepare(
@@ -193,7 +197,8 @@ def make_split(
     rest = np.setdiff1d(rows, test)
     if not val_share: return Split(rest, rest[:0], test)
     inner = manifest.select(rest)
-    n = max(2, min(round(1 / val_share), np.unique(_strata(inner), return_counts=True)[1].max()))
+    most = min(inner.rows.group.nunique(), np.unique(_strata(inner), return_counts=True)[1].max())
+    n = max(2, min(round(1 / val_share), most))
     val = rest[outer_folds(inner, n, seed + 1) == 0]
     return Split(np.setdiff1d(rest, val), val, test)
 

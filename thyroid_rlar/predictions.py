@@ -141,7 +141,8 @@ def check_evaluation(values: Mapping[str, object]) -> EvaluationSettings:
     if values.get("source") in ("ddti", "folder") and not values.get("data_dir"):
         raise ParameterError(f"data_dir: found None, expected the folder of source {values['source']!r}")
     out_dir = resolve(values.get("out_dir") or run_dir / "evaluation")
-    if out_dir == run_dir: raise ParameterError(f"out_dir: found run_dir, {run_dir}, whose own metrics would be overwritten; expected another folder")
+    if (out_dir / "params.json").is_file():
+        raise ParameterError(f"out_dir: {out_dir} is the folder of a run, whose own metrics would be overwritten; expected another folder")
     return EvaluationSettings(run_dir, values.get("source"), values.get("data_dir"), out_dir, values.get("reader"), values.get("part", "auto"))
 
 def load_run(folder: str | Path) -> TrainedRun:

@@ -11,6 +11,7 @@ __all__ = ['CHOICES', 'RANGES', 'PACKAGES', 'OUTPUTS', 'RunSettings', 'Parameter
 # %% ../nbs/55_runs.ipynb #003
 import math
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -87,7 +88,7 @@ CHOICES = {
     "precision": PRECISIONS, "device": DEVICES,
 }
 RANGES = {
-    "phantom_images": (10, 1e6), "rlar_strength": (0, 10), "rlar_weight": (0, 1e9), "rlar_margin": (0, 0.999),
+    "phantom_images": (20, 1e6), "rlar_strength": (0, 10), "rlar_weight": (0, 1e9), "rlar_margin": (0, 0.999),
     "risk_weight": (0, 1e3), "evidence_weight": (0, 1e3),
     "epochs": (1, 1e5), "batch_size": (1, 4096), "learning_rate": (1e-8, 10), "patience": (0, 1e5), "balance": (0, 1), "folds": (2, 100),
     "seed": (0, 2**31), "grade_noise": (0, 1), "contour_noise": (0, 1), "num_workers": (0, 256),
@@ -115,6 +116,7 @@ def _typed(name: str, value: object, default: object) -> object:
     text = str(value).strip()
     if name == "image_size": return read_size(value)
     if name == "fold" and text == "all": return text
+    kind = "a whole number or all" if name == "fold" else _KINDS.get(type(default), "text")
     if value is None and default is None: return None
     if isinstance(default, bool):
         if text.lower() in _FLAGS: return _FLAGS[text.lower()]
@@ -123,7 +125,7 @@ def _typed(name: str, value: object, default: object) -> object:
         except ValueError: number = math.nan
         if math.isfinite(number) and (isinstance(default, float) or number == int(number)): return type(default)(number)
     elif isinstance(value, (str, int, float, os.PathLike)) and not isinstance(value, bool): return text     # a reader or a folder may be called 2
-    raise ParameterError(f"{name}: found {value!r}, expected {_KINDS.get(type(default), 'text')}")
+    raise ParameterError(f"{name}: found {value!r}, expected {kind}")
 
 def typed_parameters(values: Mapping[str, object], defaults: Mapping[str, object]) -> dict[str, object]:
     "The values in their defaults' types (None: text). Raises ParameterError for an unknown name or another type, saying what is allowed."
@@ -138,6 +140,7 @@ def _check_together(s: RunSettings) -> None:
     "Raise ParameterError for values that are allowed each by itself but not together, and for an encoder that does not exist."
     if s.fold != "all" and not 0 <= s.fold < s.folds: raise ParameterError(f"fold: found {s.fold!r}, expected 0 to {s.folds - 1} or all")
     if s.source != "phantom" and s.data_dir is None: raise ParameterError(f"data_dir: found None, expected the folder of source {s.source!r}")
+    if s.batch_size == 1 and s.image_size == (32, 32): raise ParameterError("batch_size: found 1, expected 2 or more at image_size 32x32")
     if s.network == "unet" and s.stride != RunSettings.stride:
         raise ParameterError(f"stride: found {s.stride}, expected {RunSettings.stride}, the default: it has no effect on network unet")
     try: check_encoder(s.encoder, s.pretrained)
@@ -158,11 +161,14 @@ def check_parameters(values: Mapping[str, object]) -> RunSettings:
     return s
 
 # %% ../nbs/55_runs.ipynb #013
+_OF_IPYTHON = re.compile(r"_+(i*\d*|dh|ih|oh|exit_code)")     # its input and output history
+
 def parameters_of(variables: Mapping[str, object], before: Mapping[str, object]) -> dict[str, object]:
     "A notebook's parameters: the variables that its parameter cells added, or changed: an import overwritten by `-p` is an unknown parameter."
+    if not isinstance(before, Mapping): raise ParameterError("unknown parameter before: that is the notebook's own name")
     skip = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH", "before", "In", "Out"}
     new = (k for k, v in variables.items() if k not in before or before[k] is not v)
-    return {k: variables[k] for k in new if k not in skip and not k.startswith("_")}
+    return {k: variables[k] for k in new if k not in skip and not _OF_IPYTHON.fullmatch(k)}
 
 def from_notebook(variables: Mapping[str, object], before: Mapping[str, object]) -> RunSettings:
     "RunSettings from a notebook's variables, given those that existed before its parameter cells; ParameterError for a GPU that is not there."
@@ -195,6 +201,8 @@ def _check_folder(s: RunSettings, folder: Path) -> None:
     "Raise ParameterError when this run would go on with another one's weights, which may have seen the images to report, or overwrite it."
     if not (folder / "params.json").is_file():
         if s.resume: raise ParameterError(f"resume: no params.json in {folder}, so there is no run to go on with")
+        if found := [path.name for pattern in OUTPUTS for path in folder.glob(pattern)]:
+            raise ParameterError(f"out_dir: {folder} holds {found[0]} but no params.json, so it is no run's folder; expected another")
     elif changed := changed_parameters(s, folder):
         advice = "expected the same" if s.resume else "expected another out_dir, or that one removed"
         raise ParameterError(f"{'resume' if s.resume else 'out_dir'}: the run in {folder} has other parameters: {', '.join(changed)}; {advice}")
@@ -246,7 +254,10 @@ def open_source(s: RunSettings, progress: bool = True) -> Manifest:
     if s.source == "folder": return one_reader(read_folder(resolve(s.data_dir)), s.reader)
     folder = resolve(s.data_dir or f"cache/phantom-{s.phantom_images}-{code_digest('bmode', 'neck', 'phantom')}")
     if not (folder / "labels.csv").exists(): write_phantoms(folder, s.phantom_images, progress=progress)
-    return one_reader(read_folder(folder), s.reader)
+    phantoms = one_reader(read_folder(folder), s.reader)
+    if (n := len(phantoms) + len(phantoms.left_out)) != s.phantom_images:
+        raise ParameterError(f"data_dir: {folder} holds {n} images and not {s.phantom_images} phantoms; expected another folder, or source folder")
+    return phantoms
 
 # %% ../nbs/55_runs.ipynb #020
 @dataclass
@@ -276,9 +287,9 @@ def _disturb(s: RunSettings, manifest: Manifest, prepared: Prepared, split: Spli
 # %% ../nbs/55_runs.ipynb #023
 def load_data(s: RunSettings, manifest: Manifest, progress: bool = True) -> RunData:
     "Prepare images, split, measure the evidence and scale it on the training rows."
-    prepared = prepare(manifest, s.image_size, progress=progress)
     val_share = 0.15 if s.fold != "all" or s.patience else 0.0  # nothing is held back where nothing is chosen or reported
     split = make_split(manifest, s.fold, s.folds, val_share=val_share)  # the same for every seed, so that seeds can be compared image by image
+    prepared = prepare(manifest, s.image_size, progress=progress)
     measured = measure_manifest(manifest, progress=progress)
     names = [item.name for item in EVIDENCE]
     values = measured[names].to_numpy(float)
@@ -338,5 +349,6 @@ def make_trainer(s: RunSettings, run: RunData, folder: Path, callbacks: Sequence
     if s.resume: check_split(run, folder)
     measured_with = rlar if s.objective.startswith("rlar") else RLAR(0.0, s.rlar_margin, s.rlar_form, s.rlar_where)
     trainer = Trainer(net, objective, run.data, run.split, fit, folder, measured_with, callbacks, info)
-    _begin(s, folder, split_table(run))         # last: whatever fails before leaves an earlier run whole
+    if trainer.accelerator.is_main_process: _begin(s, folder, split_table(run))      # last: whatever fails before leaves an earlier run whole
+    trainer.accelerator.wait_for_everyone()
     return trainer
