@@ -217,14 +217,14 @@ def run_folder(s: RunSettings) -> Path:
     remove(write_text(folder / ".can-be-written", ""))      # said now, and not after the data have been measured
     return folder
 
-def _begin(s: RunSettings, folder: Path, split: pd.DataFrame) -> None:
-    "Write params.json and split.parquet; a run that starts anew first removes what the same run left."
+def _begin(s: RunSettings, folder: Path, split: pd.DataFrame | None) -> None:
+    "Write params.json; a run that starts anew first removes what the same run left, and writes its split. One that resumes has it already: None."
     if not s.resume:
         for path in [p for pattern in OUTPUTS for p in folder.glob(pattern)]: remove(path)
     found = versions(PACKAGES)
     write_json(folder / "params.json", {
         "parameters": {**asdict(s), "out_dir": str(folder)}, "python": found.pop("python"), "platform": found.pop("platform"), "versions": found})
-    write_whole(folder / "split.parquet", split.to_parquet)
+    if split is not None: write_whole(folder / "split.parquet", split.to_parquet)
 
 # %% ../nbs/55_runs.ipynb #e8f4e92d
 def set_aside(values: Mapping[str, object]) -> None:
@@ -349,6 +349,7 @@ def make_trainer(s: RunSettings, run: RunData, folder: Path, callbacks: Sequence
     if s.resume: check_split(run, folder)
     measured_with = rlar if s.objective.startswith("rlar") else RLAR(0.0, s.rlar_margin, s.rlar_form, s.rlar_where)
     trainer = Trainer(net, objective, run.data, run.split, fit, folder, measured_with, callbacks, info)
-    if trainer.accelerator.is_main_process: _begin(s, folder, split_table(run))      # last: whatever fails before leaves an earlier run whole
+    if trainer.accelerator.is_main_process:     # last: whatever fails before leaves an earlier run whole
+        _begin(s, folder, None if s.resume else split_table(run))
     trainer.accelerator.wait_for_everyone()
     return trainer
