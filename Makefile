@@ -90,7 +90,7 @@ $(READY): settings.ini setup.py pyproject.toml
 	@include=`$(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))'`; [ -f "$$include/Python.h" ] || { \
 	  echo "No Python.h in $$include, which building pyradiomics needs. On Debian or Ubuntu: apt-get install python3-dev"; exit 1; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]' || { \
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,solvers,bench]' || { \
 	  echo 'Installing failed, see above. It needs a way to a Python package index and about 8 GB of disk.'; exit 1; }
 	@touch $@
 

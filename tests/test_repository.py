@@ -144,6 +144,7 @@ def test_requirements_are_what_is_imported():
 
     needed = {normal(item) for item in config["DEFAULT"]["requirements"].split()}
     dev = {normal(item) for item in config["DEFAULT"]["dev_requirements"].split()}
+    extras = {normal(item) for kind in ("solver", "bench") for item in config["DEFAULT"][f"{kind}_requirements"].split()}  # imported where used
     providers = importlib.metadata.packages_distributions()
 
     def distributions(trees: list[ast.Module]) -> set[str]:
@@ -154,10 +155,10 @@ def test_requirements_are_what_is_imported():
                             + [parse(cell["source"]) for path in RUN_NOTEBOOKS for cell in cells(path)])
     beside = distributions([parse(cell["source"]) for path in NOTEBOOKS for cell in cells(path)]
                            + [ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.glob("tests/*.py")])
-    missing = package - needed - WITH_THE_KERNEL, beside - needed - dev - WITH_THE_KERNEL
+    missing = package - needed - extras - WITH_THE_KERNEL, beside - needed - dev - extras - WITH_THE_KERNEL
     assert not missing[0], f"imported by the package or a run notebook, but not in requirements: {missing[0]}"
     assert not missing[1], f"imported by a notebook or a test, but in neither list of requirements: {missing[1]}"
-    unused = (needed | dev) - package - beside - NOT_IMPORTED.keys()
+    unused = (needed | dev | extras) - package - beside - NOT_IMPORTED.keys()
     assert not unused, f"required, but never imported: {unused}"
 
 

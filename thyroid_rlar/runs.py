@@ -29,7 +29,7 @@ from .evaluation import write_json
 from .files import DataError, code_digest, digest, inside, read_json, read_whole, remove, resolve, write_text, write_whole
 from .folder import read_folder
 from .loader import MISSING_GRADE, NoduleData, Prepared, Split, make_split, prepare
-from .network import MultitaskNet, NetworkSettings, check_encoder
+from .network import NETWORKS, MultitaskNet, NetworkSettings, check_encoder
 from .objectives import OBJECTIVES, TASKS, Objective, make_objective
 from .phantom import write_phantoms
 from .radiomics import EVIDENCE, EvidenceScaler, measure_manifest
@@ -48,7 +48,7 @@ class RunSettings:
     out_dir: str | None = None         # the run folder; default runs/<source>-<objective>-f<fold>-s<seed>
     reader: str | None = None          # whose labels, where several readers labelled the images; default: the first in the table
     phantom_images: int = 240          # how many phantoms to make
-    network: str = "shared_map"        # shared_map or unet
+    network: str = "shared_map"        # shared_map, unet or the yardstick smp_unet
     stride: int = 4                    # of the shared map
     encoder: str = "tf_efficientnet_lite0"
     pretrained: str = "bundled"        # bundled, hub or none
@@ -83,7 +83,7 @@ class RunSettings:
 
 # %% ../nbs/55_runs.ipynb #010
 CHOICES = {
-    "source": ("phantom", "ddti", "folder"), "network": ("shared_map", "unet"), "stride": (2, 4, 8, 16, 32), "pretrained": ("bundled", "hub", "none"),
+    "source": ("phantom", "ddti", "folder"), "network": NETWORKS, "stride": (2, 4, 8, 16, 32), "pretrained": ("bundled", "hub", "none"),
     "objective": tuple(OBJECTIVES), "rlar_form": FORMS, "rlar_where": WHERE, "rlar_mode": MODES, "schedule": SCHEDULES,
     "precision": PRECISIONS, "device": DEVICES,
 }
@@ -136,13 +136,20 @@ def typed_parameters(values: Mapping[str, object], defaults: Mapping[str, object
 # %% ../nbs/55_runs.ipynb #012
 def make_rlar(s: RunSettings) -> RLAR: return RLAR(s.rlar_weight, s.rlar_margin, s.rlar_form, s.rlar_where, s.rlar_mode)
 
+def _check_yardstick(s: RunSettings) -> None:
+    "Raise ParameterError for what smp.Unet cannot do: it is the yardstick, trained in the ordinary way."
+    wrong = [f"{name}: found {getattr(s, name)!r}, expected {value}" for name, value in
+             (("evidence_weight", 0), ("ordinal", False), ("objective", "sum")) if getattr(s, name) != value]
+    if wrong: raise ParameterError(f"{'; '.join(wrong)}, with network smp_unet")
+
 def _check_together(s: RunSettings) -> None:
     "Raise ParameterError for values that are allowed each by itself but not together, and for an encoder that does not exist."
     if s.fold != "all" and not 0 <= s.fold < s.folds: raise ParameterError(f"fold: found {s.fold!r}, expected 0 to {s.folds - 1} or all")
     if s.source != "phantom" and s.data_dir is None: raise ParameterError(f"data_dir: found None, expected the folder of source {s.source!r}")
     if s.batch_size == 1 and s.image_size == (32, 32): raise ParameterError("batch_size: found 1, expected 2 or more at image_size 32x32")
-    if s.network == "unet" and s.stride != RunSettings.stride:
-        raise ParameterError(f"stride: found {s.stride}, expected {RunSettings.stride}, the default: it has no effect on network unet")
+    if s.network != "shared_map" and s.stride != RunSettings.stride:
+        raise ParameterError(f"stride: found {s.stride}, expected {RunSettings.stride}, the default: it has no effect on network {s.network}")
+    if s.network == "smp_unet": _check_yardstick(s)
     try: check_encoder(s.encoder, s.pretrained)
     except ValueError as error: raise ParameterError(str(error)) from error
     try: make_rlar(s)
