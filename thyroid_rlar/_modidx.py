@@ -547,6 +547,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/thyroid_rlar', 'doc_host':
                                    'thyroid_rlar.rlar.RLAR.__call__': ('rlar.html#rlar.__call__', 'thyroid_rlar/rlar.py'),
                                    'thyroid_rlar.rlar.RLAR.__init__': ('rlar.html#rlar.__init__', 'thyroid_rlar/rlar.py'),
                                    'thyroid_rlar.rlar.RLAR.compare': ('rlar.html#rlar.compare', 'thyroid_rlar/rlar.py'),
+                                   'thyroid_rlar.rlar._size': ('rlar.html#_size', 'thyroid_rlar/rlar.py'),
                                    'thyroid_rlar.rlar.excess': ('rlar.html#excess', 'thyroid_rlar/rlar.py'),
                                    'thyroid_rlar.rlar.flatten_gradient': ('rlar.html#flatten_gradient', 'thyroid_rlar/rlar.py'),
                                    'thyroid_rlar.rlar.penalise': ('rlar.html#penalise', 'thyroid_rlar/rlar.py'),

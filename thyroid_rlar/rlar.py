@@ -34,7 +34,7 @@ def unit(g: Tensor, has: Tensor | None = None, tiny: float = 1e-6) -> tuple[Tens
     return torch.where(vanished[:, None], torch.zeros_like(g), direction), norm, vanished
 
 # %% ../nbs/40_rlar.ipynb #013
-FORMS = ("excess", "absolute", "squared", "conflict")
+FORMS = ("excess", "absolute", "squared", "conflict", "align")
 
 def penalise(cosine: Tensor, margin: float = 0.0, form: str = "excess") -> Tensor:
     "Penalty of each cosine, elementwise."
@@ -42,6 +42,7 @@ def penalise(cosine: Tensor, margin: float = 0.0, form: str = "excess") -> Tenso
     if form == "absolute": return (cosine.abs() - margin).relu().square()
     if form == "squared": return cosine.square()
     if form == "conflict": return (-cosine - margin).relu().square()
+    if form == "align": return ((1 - cosine) / 2 - margin).relu().square()
     raise ValueError(f"form: found {form!r}, expected one of {FORMS}")
 
 # %% ../nbs/40_rlar.ipynb #017
@@ -56,6 +57,12 @@ class Alignment(NamedTuple):
     vanished: Tensor   # (B,) bool, among images with both labels
 
 # %% ../nbs/40_rlar.ipynb #018
+def _size(norm_a: Tensor, norm_b: Tensor, both: Tensor) -> Tensor:
+    "sqrt(|g_a| |g_b|) of each image (B,), of mean 1 over the images with both labels; 0 elsewhere."
+    size = torch.where(both, (norm_a * norm_b).sqrt(), 0.0)
+    mean = size.sum() / both.sum().clamp(min=1)
+    return size / torch.where(mean > 0, mean, 1.0)
+
 class RLAR:
     "Penalty on the angle between two tasks' adversarial directions in a shared latent (arXiv 2603.21095)."
     def __init__(self,
@@ -63,12 +70,13 @@ class RLAR:
                  margin: float = 0.0,      # m, alignment that is not penalised
                  form: str = "excess",     # see `penalise`
                  where: str = "pooled",    # `pooled` or `map`
-                 mode: str = "exact"):     # `exact` or `one_sided`; `half` is exact on a random half (see objectives)
+                 mode: str = "exact",      # `exact` or `one_sided`; `half` is exact on a random half (see objectives)
+                 magnitude: bool = False): # count images in proportion to the size of their gradients
         if weight < 0 or not 0 <= margin < 1: raise ValueError(f"found weight {weight}, margin {margin}; expected weight >= 0, 0 <= margin < 1")
         if form == "squared" and margin: raise ValueError(f"margin: found {margin}, expected 0 with form 'squared', which has none")
         if mode not in MODES: raise ValueError(f"mode: found {mode!r}, expected one of {MODES}")
         penalise(torch.zeros(1), margin, form), flatten_gradient(torch.zeros(1, 1), where)  # both raise on unknown names
-        self.weight, self.margin, self.form, self.where, self.mode = weight, margin, form, where, mode
+        self.weight, self.margin, self.form, self.where, self.mode, self.magnitude = weight, margin, form, where, mode, magnitude
 
     def compare(self, g_a: Tensor, g_b: Tensor, both: Tensor | None = None, count: Tensor | None = None) -> Alignment:
         "From gradients (B,C,...) of the two tasks, `both` (B,) bool: which images have both labels, and what to divide by (their number)."
@@ -78,6 +86,7 @@ class RLAR:
         vanished = (no_a | no_b) & both
         cosine = (u_a * u_b).sum(1)
         kept = torch.where(both & ~vanished, penalise(cosine, self.margin, self.form), 0.0)
+        if self.magnitude: kept = kept * _size(norm_a, norm_b, both)
         count = both.sum().clamp(min=1) if count is None else count
         return Alignment(kept.sum() / count, cosine.detach().masked_fill(~both, torch.nan),
                          norm_a, norm_b, vanished)
