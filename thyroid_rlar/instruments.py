@@ -92,7 +92,7 @@ def measure(
 # %% ../nbs/47_instruments.ipynb #018
 def _upstream_gradients(net: MultitaskNet, batch: dict[str, Tensor], rlar: RLAR, weights: dict[str, float], roll: int) -> tuple[Tensor, Tensor]:
     "Gradients of R and of the weighted task losses, summed over a batch's images, at the parameters upstream of z, each as one vector."
-    upstream = [p for name, p in net.named_parameters() if name.startswith(("encoder", "fuse")) and p.requires_grad]
+    upstream = net.upstream()
     output = net(batch["image"], batch["valid"])
     losses = task_losses(output, batch)
     g_seg, = torch.autograd.grad(losses.seg.sum(), output.z, create_graph=True)

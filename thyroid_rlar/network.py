@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'LITE0', 'NetworkSettings', 'lite0_state', 'build_encoder', 'check_encoder', 'separable', 'FusedMap',
-           'MaskHead', 'UnetDecoder', 'AttentionPool', 'OrdinalHead', 'RiskHead', 'smp_parts', 'Output', 'MultitaskNet',
-           'save_model', 'load_model']
+           'MaskHead', 'UnetDecoder', 'AttentionPool', 'OrdinalHead', 'RiskHead', 'Rotation', 'smp_parts', 'Output',
+           'MultitaskNet', 'save_model', 'load_model']
 
 # %% ../nbs/30_network.ipynb #003
 import difflib
@@ -39,12 +39,14 @@ class NetworkSettings:
     embedding: int = 64              # D, half of it guided by the evidence, half free
     ordinal: bool = True             # cumulative-link grade head; otherwise one free logit per grade
     dropout: float = 0.5             # on the embedding: with few graded images the grade is learnt by heart first
+    rotate: bool = False             # each head reads z through a rotation of its own, for the objective `rotograd`
 
     def __post_init__(self):
         if self.network not in NETWORKS: raise ValueError(f"network: found {self.network!r}, expected one of {NETWORKS}")
         if self.network == "smp_unet" and (self.evidence or self.ordinal):
             raise ValueError(f"network: found smp_unet with {self.evidence} evidence items and ordinal {self.ordinal}; its grade head is plain and "
                              "takes no guidance: expected 0 and False")
+        if self.network == "smp_unet" and self.rotate: raise ValueError("rotate: found True, expected False with network smp_unet")
         if self.stride not in (2, 4, 8, 16, 32):
             raise ValueError(f"stride: found {self.stride}, expected 2, 4, 8, 16 or 32")
         if self.grades < 2 or self.evidence < 0:
@@ -205,6 +207,20 @@ class RiskHead(nn.Module):
         evidence = self.evidence(embedding[:, :self.guided]) if self.evidence else embedding[:, :0]
         return self.grade(self.dropout(embedding)), evidence, embedding
 
+# %% ../nbs/30_network.ipynb #9e6d4729
+class Rotation(nn.Module):
+    "z (B,C,h,w) -> R z, R orthogonal (C,C), the exponential of a skew matrix; the identity at first."
+    def __init__(self, width: int):
+        super().__init__()
+        self.skew = nn.Parameter(torch.zeros(width, width), requires_grad=False)
+
+    def matrix(self, skew: Tensor | None = None) -> Tensor:
+        "R (C,C) of this or another matrix, whose upper triangle alone counts."
+        upper = (self.skew if skew is None else skew).triu(1)
+        return torch.linalg.matrix_exp(upper - upper.T)
+
+    def forward(self, z: Tensor) -> Tensor: return F.conv2d(z, self.matrix().to(z.dtype)[:, :, None, None])
+
 # %% ../nbs/30_network.ipynb #59b089d1
 class _SmpMask(nn.Module):
     "Decoder and segmentation head of smp.Unet: bottleneck and skips (the image first) -> mask logits (B,1,H,W)."
@@ -254,7 +270,7 @@ class MultitaskNet(nn.Module):
     "Encoder, shared latent z, mask decoder and guided risk head. Image sides must be multiples of 32."
     def __init__(self, settings: NetworkSettings, pretrained: str = "bundled"):
         super().__init__()
-        self.settings = settings
+        self.settings, self.rotations = settings, None
         if settings.network == "smp_unet":
             self.fuse, (self.encoder, self.mask, self.risk) = None, smp_parts(settings, pretrained)
             return
@@ -269,6 +285,11 @@ class MultitaskNet(nn.Module):
             self.first, width = strides.index(settings.stride), settings.width
             self.fuse, self.mask = FusedMap(channels[self.first:], width), MaskHead(width)
         self.risk = RiskHead(width, settings)
+        if settings.rotate: self.rotations = nn.ModuleDict({task: Rotation(width) for task in ("seg", "risk")})
+
+    def upstream(self) -> list[nn.Parameter]:
+        "The trained parameters upstream of z, which all tasks share."
+        return [p for part in (self.encoder, self.fuse) if part for p in part.parameters() if p.requires_grad]
 
     def encode(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         "Image (B,1,H,W) in [0,1] -> z (B,C,h,w) and the features that bypass it."
@@ -279,12 +300,13 @@ class MultitaskNet(nn.Module):
 
     def segment(self, z: Tensor, features: list[Tensor], size: tuple[int, int]) -> Tensor:
         "Mask logits (B,1,H,W) from z and the features that bypass it."
-        return self.mask(z, features, size)
+        return self.mask(z if self.rotations is None else self.rotations["seg"](z), features, size)
 
     def classify(self, z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Grade logits (B,K), evidence (B,R) and embedding (B,D) from z alone; always in float32 or better."
         with torch.autocast(z.device.type, enabled=False):
-            return self.risk(z if z.dtype == torch.float64 else z.float(), valid)
+            z = z if z.dtype == torch.float64 else z.float()
+            return self.risk(z if self.rotations is None else self.rotations["risk"](z), valid)
 
     def forward(self, image: Tensor, valid: Tensor | None = None) -> Output:
         valid = torch.ones_like(image, dtype=torch.bool) if valid is None else valid
