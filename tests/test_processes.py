@@ -15,7 +15,7 @@ from thyroid_rlar.files import resolve
 from thyroid_rlar.folder import read_folder
 from thyroid_rlar.loader import NoduleData, make_split, prepare
 from thyroid_rlar.network import MultitaskNet, NetworkSettings
-from thyroid_rlar.objectives import make_objective
+from thyroid_rlar.methods import Options, make_objective
 from thyroid_rlar.training import FitSettings, Trainer, TrainingStopped
 
 folder, broken = Path(sys.argv[1]), sys.argv[2] == "broken"
@@ -25,7 +25,7 @@ data = NoduleData(prepare(phantoms, (64, 96), folder / "cache", n_jobs=1, progre
 torch.manual_seed(0)
 net = MultitaskNet(NetworkSettings(grades=5, evidence=0, stride=8, width=32, embedding=16))
 settings = FitSettings(epochs=2, batch_size=4, device="cpu")
-trainer = Trainer(net, make_objective("rlar", strength=0.2), data, make_split(phantoms), settings, folder / "run")
+trainer = Trainer(net, make_objective("rlar", Options(strength=0.2)), data, make_split(phantoms), settings, folder / "run")
 rank = trainer.accelerator.process_index
 assert trainer.accelerator.num_processes == 2
 backward = trainer.objective.backward

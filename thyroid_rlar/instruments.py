@@ -29,17 +29,29 @@ class Probe:
     losses: TaskLosses
     g_seg: Tensor      # like z, 0 where there is no mask
     g_risk: Tensor     # like z, 0 where there is no grade
+    g_evidence: Tensor # like z, 0 where nothing was measured
+    through: Tensor    # (B,) skip ratio of the segmentation gradient
+    curvature: dict[str, Tensor]    # of seg and risk, (B,)
+
+def _along(g: Tensor, z: Tensor) -> Tensor:
+    "Curvature (B,) of each image's loss along its own direction, from its gradient g, which has a graph; 0 where the gradient is 0."
+    u = torch.nn.functional.normalize(g.detach().flatten(1), dim=1).view_as(g)
+    bent, = torch.autograd.grad((g * u).sum(), z, retain_graph=True)
+    return (bent * u).flatten(1).sum(1)
 
 def probe(net: MultitaskNet, batch: dict[str, Tensor]) -> Probe:
     "Evaluate a batch and differentiate each image's own losses with respect to its own z."
     with torch.no_grad(): z, features = net.encode(batch["image"])
-    z.requires_grad_()
+    leaves = [t.requires_grad_() for t in (z, *features)]
     with torch.enable_grad():
         output = Output(features, z, net.segment(z, features, tuple(batch["image"].shape[-2:])), *net.classify(z, batch["valid"]))
         losses = task_losses(output, batch)
-        g_seg, = torch.autograd.grad(losses.seg.sum(), z, retain_graph=True)
-        g_risk, = torch.autograd.grad(losses.risk.sum(), z)
-    return Probe(output, losses, g_seg, g_risk)
+        g_seg, *around = torch.autograd.grad(losses.seg.sum(), leaves, create_graph=True)
+        g_risk, = torch.autograd.grad(losses.risk.sum(), z, create_graph=True)
+        g_evidence = torch.autograd.grad(losses.evidence.sum(), z, retain_graph=True)[0] if losses.evidence.requires_grad else torch.zeros_like(z)
+        curvature = {"seg": _along(g_seg, z), "risk": _along(g_risk, z)}
+    squares = [g.detach().float().flatten(1).square().sum(1) for g in (g_seg, *around)]
+    return Probe(output, losses, g_seg.detach(), g_risk.detach(), g_evidence, (squares[0] / sum(squares)).sqrt(), curvature)
 
 # %% ../nbs/47_instruments.ipynb #009
 def batch_dice(logits: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
@@ -56,6 +68,8 @@ def _columns(p: Probe, batch: dict[str, Tensor], rlar: RLAR) -> dict[str, Tensor
     columns = dict(row=batch["index"], loss_seg=blank(p.losses.seg, has_seg), loss_risk=blank(p.losses.risk, has_risk),
                    loss_evidence=blank(p.losses.evidence, p.losses.has_evidence),
                    dice=blank(batch_dice(p.output.mask_logits, batch["mask"], batch["valid"]), has_seg))
+    columns |= dict(through_z=blank(p.through, has_seg), curvature_seg=blank(p.curvature["seg"], has_seg),
+                    curvature_risk=blank(p.curvature["risk"], has_risk))
     for where in WHERE:
         u_seg, norm_seg, _ = unit(flatten_gradient(p.g_seg, where), has_seg)
         u_risk, norm_risk, _ = unit(flatten_gradient(p.g_risk, where), has_risk)
@@ -66,7 +80,15 @@ def _columns(p: Probe, batch: dict[str, Tensor], rlar: RLAR) -> dict[str, Tensor
                 rows = both.nonzero().squeeze(1)
                 own[rows], null[rows] = excess(u_seg[rows], u_risk[rows], batch["group"][rows], rlar.margin, rlar.form)
             columns |= dict(norm_seg=blank(norm_seg, has_seg), norm_risk=blank(norm_risk, has_risk), excess=own, excess_shuffled=null)
+            columns |= _with_evidence(p, u_seg, u_risk, where)
     return columns
+
+def _with_evidence(p: Probe, u_seg: Tensor, u_risk: Tensor, where: str) -> dict[str, Tensor]:
+    "Cosines of the third task's direction with the other two, and its norm."
+    u, norm, _ = unit(flatten_gradient(p.g_evidence, where), has := p.losses.has_evidence)
+    pairs = {"cos_seg_evidence": (u_seg, p.losses.has_seg & has), "cos_risk_evidence": (u_risk, p.losses.has_risk & has)}
+    cosines = {name: (u * other).sum(1).detach().float().masked_fill(~known, torch.nan) for name, (other, known) in pairs.items()}
+    return cosines | {"norm_evidence": norm.float().masked_fill(~has, torch.nan)}
 
 # %% ../nbs/47_instruments.ipynb #012
 def measure(
@@ -90,15 +112,17 @@ def measure(
     return pd.concat(tables, ignore_index=True), np.concatenate(latents)
 
 # %% ../nbs/47_instruments.ipynb #018
-def _upstream_gradients(net: MultitaskNet, batch: dict[str, Tensor], rlar: RLAR, weights: dict[str, float], roll: int) -> tuple[Tensor, Tensor]:
+def _upstream_gradients(net: MultitaskNet, batch: dict[str, Tensor], rlar: RLAR, weights: dict[str, float], partner: str) -> tuple[Tensor, Tensor]:
     "Gradients of R and of the weighted task losses, summed over a batch's images, at the parameters upstream of z, each as one vector."
     upstream = net.upstream()
     output = net(batch["image"], batch["valid"])
     losses = task_losses(output, batch)
     g_seg, = torch.autograd.grad(losses.seg.sum(), output.z, create_graph=True)
     g_risk, = torch.autograd.grad(losses.risk.sum(), output.z, create_graph=True)
+    roll = int(partner == "stranger")
     both = losses.has_seg.roll(roll) & losses.has_risk
-    if roll: both &= batch["group"].roll(roll) != batch["group"]
+    if roll: both &= batch["group"].roll(1) != batch["group"]
+    if partner == "random": g_seg = torch.randn(g_seg.shape, generator=torch.Generator().manual_seed(0)).to(g_seg)
     penalty = rlar.compare(g_seg.roll(roll, 0), g_risk, both).penalty * both.sum()
     tasks = sum(weights[t] * getattr(losses, t).sum() for t in TASKS if weights[t])
     flat = lambda grads: torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(upstream, grads)])
@@ -110,13 +134,13 @@ def strength(
     batches: Iterable[dict[str, Tensor]],   # images with both labels
     rlar: RLAR,
     weights: dict[str, float],              # of the task losses
-    shuffled: bool = False,                 # measure the control's penalty
+    partner: str = "own",                   # measure a control's penalty: `stranger` or `random`
     weight: float | None = None,            # lambda; default: the regulariser's
 ) -> float:                                 # NaN without batches
     "rho = lambda |grad R| / |grad of the weighted task losses|, both over the parameters upstream of z, in evaluation mode."
     training = net.training
     net.eval()
-    found = [_upstream_gradients(net, batch, rlar, weights, int(shuffled)) for batch in batches]
+    found = [_upstream_gradients(net, batch, rlar, weights, partner) for batch in batches]
     net.train(training)
     if not found: return math.nan
     penalty, tasks = (sum(column).norm() for column in zip(*found))

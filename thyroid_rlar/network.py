@@ -194,7 +194,7 @@ class RiskHead(nn.Module):
     "Guided classification head: z (B,C,h,w) and valid (B,1,H,W) -> grade logits (B,K), evidence (B,R), embedding (B,D)."
     def __init__(self, width: int, settings: NetworkSettings):
         super().__init__()
-        self.pool = AttentionPool(width)
+        self.width, self.pool = width, AttentionPool(width)
         self.embed = nn.Sequential(nn.Linear(2 * width, settings.embedding), nn.LayerNorm(settings.embedding), nn.SiLU())
         self.guided = settings.embedding // 2                # the first half answers for the evidence
         self.evidence = nn.Linear(self.guided, settings.evidence) if settings.evidence else None
@@ -241,8 +241,8 @@ class _SmpRisk(nn.Module):
         return self.head(z), pooled[:, :0], pooled
 
 # %% ../nbs/30_network.ipynb #f41c44eb
-def smp_parts(settings: NetworkSettings, pretrained: str) -> tuple[nn.Module, nn.Module, nn.Module]:
-    "Encoder, mask decoder and risk head of smp.Unet on the same encoder. Raises ImportError that says what to install."
+def smp_parts(settings: NetworkSettings, pretrained: str) -> tuple[nn.Module, None, nn.Module, nn.Module]:
+    "Encoder, no fusion, mask decoder and risk head of smp.Unet on the same encoder. Raises ImportError that says what to install."
     try:
         import segmentation_models_pytorch as smp
     except ImportError as error:
@@ -253,7 +253,7 @@ def smp_parts(settings: NetworkSettings, pretrained: str) -> tuple[nn.Module, nn
     if pretrained == "bundled":
         known = net.encoder.model.state_dict().keys()
         net.encoder.model.load_state_dict({k: v for k, v in lite0_state().items() if k in known}, strict=True)
-    return net.encoder, _SmpMask(net.decoder, net.segmentation_head), _SmpRisk(net.classification_head)
+    return net.encoder, None, _SmpMask(net.decoder, net.segmentation_head), _SmpRisk(net.classification_head)
 
 # %% ../nbs/30_network.ipynb #032
 class Output(NamedTuple):
@@ -265,27 +265,25 @@ class Output(NamedTuple):
     evidence: Tensor         # (B,R), in scaled units
     embedding: Tensor        # (B,D)
 
+# %% ../nbs/30_network.ipynb #6adbe497
+def _own_parts(settings: NetworkSettings, pretrained: str) -> tuple[nn.Module, nn.Module | None, nn.Module, nn.Module]:
+    "Encoder, fusion (none in `unet`), mask decoder and risk head. Raises ValueError for a stride at which the encoder has no level."
+    encoder = build_encoder(settings.encoder, pretrained)
+    channels, strides = encoder.feature_info.channels(), encoder.feature_info.reduction()
+    if settings.network == "unet": return encoder, None, UnetDecoder(channels[-1], channels[:-1]), RiskHead(channels[-1], settings)
+    if settings.stride not in strides: raise ValueError(f"stride: {settings.encoder} has levels at {strides}, found {settings.stride}")
+    levels = channels[strides.index(settings.stride):]
+    return encoder, FusedMap(levels, settings.width), MaskHead(settings.width), RiskHead(settings.width, settings)
+
 # %% ../nbs/30_network.ipynb #033
 class MultitaskNet(nn.Module):
     "Encoder, shared latent z, mask decoder and guided risk head. Image sides must be multiples of 32."
     def __init__(self, settings: NetworkSettings, pretrained: str = "bundled"):
         super().__init__()
-        self.settings, self.rotations = settings, None
-        if settings.network == "smp_unet":
-            self.fuse, (self.encoder, self.mask, self.risk) = None, smp_parts(settings, pretrained)
-            return
-        self.encoder = build_encoder(settings.encoder, pretrained)
-        channels, strides = self.encoder.feature_info.channels(), self.encoder.feature_info.reduction()
-        if settings.network == "unet":
-            self.fuse, width = None, channels[-1]
-            self.mask = UnetDecoder(width, channels[:-1])
-        else:
-            if settings.stride not in strides:
-                raise ValueError(f"stride: {settings.encoder} has levels at {strides}, found {settings.stride}")
-            self.first, width = strides.index(settings.stride), settings.width
-            self.fuse, self.mask = FusedMap(channels[self.first:], width), MaskHead(width)
-        self.risk = RiskHead(width, settings)
-        if settings.rotate: self.rotations = nn.ModuleDict({task: Rotation(width) for task in ("seg", "risk")})
+        self.settings = settings
+        build = smp_parts if settings.network == "smp_unet" else _own_parts
+        self.encoder, self.fuse, self.mask, self.risk = build(settings, pretrained)
+        self.rotations = nn.ModuleDict({task: Rotation(self.risk.width) for task in ("seg", "risk")}) if settings.rotate else None
 
     def upstream(self) -> list[nn.Parameter]:
         "The trained parameters upstream of z, which all tasks share."
@@ -296,7 +294,7 @@ class MultitaskNet(nn.Module):
         _check_image(image)
         levels = self.encoder((image - 0.5) / 0.5)
         if self.fuse is None: return levels[-1], levels[:-1]
-        return self.fuse(levels[self.first:]), []
+        return self.fuse(levels[-len(self.fuse.lateral):]), []
 
     def segment(self, z: Tensor, features: list[Tensor], size: tuple[int, int]) -> Tensor:
         "Mask logits (B,1,H,W) from z and the features that bypass it."

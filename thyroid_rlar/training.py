@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 from .files import read_whole, write_whole
 from .instruments import measure, strength
 from .loader import EpochSampler, NoduleData, Split, eval_loader, train_loader
+from .methods import MatchedDecay
 from .network import MultitaskNet, save_model
 from .objectives import Objective, RLARObjective, StepContext, StepReport
 from .rlar import RLAR
@@ -109,10 +110,12 @@ def train_step(net, objective: Objective, batch: dict[str, Tensor], optimizer, a
     optimizer.zero_grad()
     scale = 1.0 if accelerator.scaler is None else accelerator.scaler.scale(torch.ones((), device=accelerator.device))
     reduce = (lambda c: c) if accelerator.num_processes == 1 else (lambda c: accelerator.reduce(c, "mean"))
-    report = objective.backward(net, batch, StepContext(accelerator.autocast, scale, reduce))
+    context = StepContext(accelerator.autocast, scale, reduce)
+    report = objective.backward(net, batch, context)
     average_gradients(net, accelerator)
     norm = accelerator.clip_grad_norm_(net.parameters(), clip)
     optimizer.step()
+    objective.after_step(net, batch, context)
     return report, norm
 
 # %% ../nbs/50_training.ipynb #017
@@ -133,6 +136,8 @@ class StepLog:
         if report.alignment is not None:
             values |= {"penalty": report.alignment.penalty, "vanished": report.alignment.vanished.sum(), "rlar_weight": report.weight}
             self.cosines.append(report.alignment.cosine.float())
+        elif report.weight is not None: values["rlar_weight"] = report.weight
+        values |= {f"weight_{t}": w for t, w in (report.task_weights or {}).items()}
         self.values.append(values); self.rows.append(batch["index"])
 
     def collect(self) -> pd.DataFrame:
@@ -177,7 +182,8 @@ def peak_memory_mb(device: torch.device) -> float:
 def epoch_row(table: pd.DataFrame, grades_high: np.ndarray) -> dict[str, float]:
     "Means of one part's per-image table: losses, Dice, AUROC of high risk, cosine quantiles, E and E0."
     from sklearn.metrics import roc_auc_score
-    means = ("loss_seg", "loss_risk", "loss_evidence", "dice", "excess", "excess_shuffled", "norm_seg", "norm_risk")
+    means = ("loss_seg", "loss_risk", "loss_evidence", "dice", "excess", "excess_shuffled", "norm_seg", "norm_risk", "norm_evidence",
+             "cos_seg_evidence", "cos_risk_evidence", "through_z", "curvature_seg", "curvature_risk")
     row = {name: table[name].mean() for name in means}
     graded = table[table.grade >= 0]
     high = grades_high[graded.grade]
@@ -256,7 +262,7 @@ class Watch:
     def strength(self, net: MultitaskNet, objective: Objective) -> float:
         "Strength on up to 24 validation images with both labels; NaN where there is none, 0 without a regulariser."
         if not isinstance(objective, RLARObjective) or not self.dual: return 0.0 if self.dual else math.nan
-        return strength(net, self.batches(self.dual, 8), self.rlar, self.weights, objective.shuffled, float(objective.weight.value))
+        return strength(net, self.batches(self.dual, 8), objective.rlar, self.weights, objective.partner, float(objective.weight.value))
 
 # %% ../nbs/50_training.ipynb #028
 def make_accelerator(s: FitSettings, folder: Path) -> Accelerator:
@@ -269,6 +275,13 @@ def make_accelerator(s: FitSettings, folder: Path) -> Accelerator:
                        log_with="tensorboard" if s.tensorboard else None, project_dir=folder)
 
 # %% ../nbs/50_training.ipynb #029
+def _check_processes(objective: Objective, accelerator: Accelerator) -> None:
+    "Raise ValueError for an objective that several processes would turn into another one."
+    if accelerator.num_processes > 1 and not objective.processes:
+        raise ValueError(f"objective {objective.name}: found {accelerator.num_processes} processes, expected one: "
+                         "several would not give the gradients of one with the joined batch")
+
+# %% ../nbs/50_training.ipynb #31000e03
 class Trainer:
     "Trains a network with an objective; writes history, measurements, checkpoint and best model to a folder."
     def __init__(self, net: MultitaskNet, objective: Objective, data: NoduleData, split: Split, settings: FitSettings, folder: str | Path,
@@ -277,6 +290,7 @@ class Trainer:
         self.folder, self.model_info, self.callbacks, self.objective = Path(folder), model_info or {}, list(callbacks), objective
         self.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator = make_accelerator(s, self.folder)
+        _check_processes(objective, self.accelerator)
         if self.accelerator.device.type == "cuda": torch.cuda.reset_peak_memory_stats(self.accelerator.device)
         set_seed(s.seed)
         self.net = net.to(self.accelerator.device, memory_format=torch.channels_last)
@@ -316,6 +330,7 @@ def train_epoch(t: Trainer, bar: tqdm) -> dict[str, float]:
     waited, asked = 0.0, start
     for batch in t.loader:
         waited += time.perf_counter() - asked
+        t.objective.progress = (t.epoch + len(rates) / len(t.loader)) / t.settings.epochs
         rates.append(t.schedule.get_last_lr()[0])
         report, norm = train_step(t.net, t.objective, batch, t.optimizer, t.accelerator, t.settings.clip)
         t.schedule.step()
@@ -336,10 +351,11 @@ def end_epoch(t: Trainer, timing: dict[str, float], bar: tqdm) -> None:
     "Measure with the averaged weights, keep the model, write tables and checkpoint."
     net, s = t.average.net, t.settings
     for network in (t.net, net): average_buffers(network, t.accelerator)
+    t.objective.end_epoch()
     summary, nodules, z = t.watch(net, t.epoch)
     last = summary.index[-1]                                       # validation, or training where there is none
     pushed = t.watch.strength(t.net, t.objective)                # of the weights that are being trained, not of their average
-    weight = float(t.objective.weight.value) if isinstance(t.objective, RLARObjective) else 0.0
+    weight = float(t.objective.weight.value) if isinstance(t.objective, RLARObjective | MatchedDecay) else 0.0
     extra = {"strength": pushed, "rlar_weight": weight, **timing, "peak_memory_mb": peak_memory_mb(t.accelerator.device)}
     for name, value in extra.items(): summary.loc[last, name] = value
     t.log.history.append(summary)

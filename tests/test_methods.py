@@ -1,0 +1,160 @@
+"""Every method of the registry goes on from a checkpoint bit for bit, and several processes give the gradients of one or are refused."""
+import copy
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from thyroid_rlar.loader import MISSING_GRADE
+from thyroid_rlar.methods import METHODS, Options, make_objective
+from thyroid_rlar.network import MultitaskNet, NetworkSettings
+from thyroid_rlar.objectives import Objective, StepContext
+from thyroid_rlar.rlar import RLAR
+
+
+def example(n: int = 8, network: str = "shared_map") -> tuple[MultitaskNet, dict[str, Tensor]]:
+    "A small network with its encoder's norm frozen, in float64, and a batch with every kind of gap, unevenly spread over its halves."
+    torch.manual_seed(0)
+    settings = NetworkSettings(grades=6, evidence=5, network=network, encoder="test_efficientnet", width=16, embedding=16, dropout=0.0, rotate=True)
+    net = MultitaskNet(settings, pretrained="none").double().eval()
+    image, evidence, grade = torch.rand(n, 1, 32, 64).double(), torch.randn(n, 5).double(), torch.randint(0, 6, (n,))
+    has_mask = torch.ones(n, dtype=torch.bool)
+    has_mask[1], grade[[0, 2, 3]], evidence[3] = False, MISSING_GRADE, torch.nan
+    return net, dict(image=image, valid=torch.ones(n, 1, 32, 64, dtype=torch.bool), mask=(image > 0.6).double(), has_mask=has_mask, grade=grade,
+                     evidence=evidence, index=torch.arange(n), group=torch.arange(n))
+
+
+def options(**changes) -> Options: return Options(RLAR(weight=5.0), strength=0.1, warmup=0.5, **changes)
+
+
+def train(net: MultitaskNet, objective: Objective, batch: dict[str, Tensor], steps: range, optimizer) -> None:
+    "Steps on rolled batches, an epoch of two steps each."
+    for step in steps:
+        shifted = {k: v.roll(step, 0) for k, v in batch.items()}
+        objective.progress = step / 8
+        optimizer.zero_grad()
+        objective.backward(net, shifted)
+        optimizer.step()
+        objective.after_step(net, shifted, StepContext())
+        if step % 2: objective.end_epoch()
+
+
+def stored(value: object) -> object:
+    "What a checkpoint gives back: readable without trusting the file."
+    memory = io.BytesIO()
+    torch.save(value, memory)
+    memory.seek(0)
+    return torch.load(memory, weights_only=True)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_goes_on_from_a_checkpoint_bit_for_bit(name):
+    net, batch = example()
+    objective, optimizer = make_objective(name, options()), torch.optim.SGD(net.parameters(), lr=0.01)
+    train(net, objective, batch, range(6), optimizer)
+    state, weights = stored(objective.state_dict()), copy.deepcopy(net.state_dict())
+    train(net, objective, batch, range(6, 9), optimizer)
+
+    again, _ = example()
+    again.load_state_dict(weights)
+    resumed = make_objective(name, options(seed=1))
+    resumed.load_state_dict(state)
+    train(again, resumed, batch, range(6, 9), torch.optim.SGD(again.parameters(), lr=0.01))
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_state_that_was_never_used_can_be_stored(name):
+    net, batch = example()
+    objective, resumed = make_objective(name, options()), make_objective(name, options())
+    resumed.load_state_dict(stored(objective.state_dict()))
+    found = []
+    for one in (objective, resumed):
+        net, batch = example()
+        train(net, one, batch, range(2), torch.optim.SGD(net.parameters(), lr=0.01))
+        found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert torch.equal(*found)
+
+
+SCRIPT = """
+import json, sys
+import torch
+import torch.distributed as dist
+from test_methods import example, options
+from thyroid_rlar.methods import METHODS, make_objective
+from thyroid_rlar.objectives import StepContext
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+
+def mean(t):
+    t = t.clone()
+    dist.all_reduce(t)
+    return t / dist.get_world_size()
+
+def gradients(objective, batch, reduce):
+    "Of two steps, the second after one of descent: whatever a method has learnt from the first counts too."
+    net, _ = example(network=sys.argv[2])
+    found, context = [], StepContext(reduce=reduce)
+    for _ in range(2):
+        net.zero_grad(set_to_none=True)
+        objective.backward(net, batch, context)
+        grads = [torch.zeros_like(p) if p.grad is None else reduce(p.grad) for p in net.parameters()]
+        found.append(torch.cat([g.flatten() for g in grads]))
+        with torch.no_grad():
+            for p, g in zip(net.parameters(), grads): p -= 0.01 * g
+        objective.after_step(net, batch, context)
+        objective.end_epoch()
+    return torch.cat(found)
+
+_, joined = example()
+half = {k: v[4 * rank:4 * rank + 4] for k, v in joined.items()}
+errors = {}
+for name in METHODS:
+    together, alone = make_objective(name, options()), make_objective(name, options())
+    for objective in (together, alone): objective.progress = 0.3
+    if not together.processes: continue
+    one = gradients(alone, joined, lambda t: t)
+    errors[name] = ((gradients(together, half, mean) - one).norm() / one.norm()).item()
+if rank == 0: open(sys.argv[1], "w").write(json.dumps(errors))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+# what draws or averages within a batch, so that the joined batch's gradient is another one
+ALONE = {"rlar_shuffled", "random_direction", "matched_decay"}
+
+
+@pytest.mark.parametrize("network", ["shared_map", "unet"])
+def test_two_processes_give_the_gradients_of_one_with_the_joined_batch(tmp_path, network):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    (tmp_path / "script.py").write_text(SCRIPT)
+    here = str(Path(__file__).parent)
+    together = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                             "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, tmp_path / "script.py", tmp_path / "errors.json", network]
+    running = [subprocess.Popen(command, env=together | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True) for rank in "01"]
+    for process in running:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said[-3000:]
+    errors = json.loads((tmp_path / "errors.json").read_text())
+    assert set(errors) == set(METHODS) - ALONE
+    limits = dict.fromkeys(errors, 1e-9) | {"gradnorm": 1e-7}               # Adam's epsilon sees norms that are larger by a common factor
+    limits |= {name: 1e-6 for name in errors if METHODS[name].needs}         # solvers stop within a tolerance
+    assert not {name: error for name, error in errors.items() if error >= limits[name]}
+
+
+@pytest.mark.parametrize("objective", [*(make_objective(name, options()) for name in sorted(ALONE)),
+                                       make_objective("rlar", Options(RLAR(mode="half"))), make_objective("rlar", Options(RLAR(magnitude=True)))],
+                         ids=lambda o: o.name)
+def test_what_several_processes_cannot_do_says_so(objective): assert not objective.processes
