@@ -104,6 +104,7 @@ class Options:
     warmup: float = 0.0
     schedule: str = "constant"
     seed: int = 0
+    pairs: dict[tuple[str, str], float] | None = None           # of tasks whose directions RLAR compares; default: mask and grade
 
 @dataclass(frozen=True)
 class Entry:
@@ -118,7 +119,7 @@ def _rlar(form: str | None = None, partner: str = "own") -> Callable[[Options], 
     "RLAR as asked for, or in another form (which has the place and the mode asked for, and no margin)."
     def make(o: Options) -> Objective:
         rlar = o.rlar if form is None else RLAR(o.rlar.weight, 0.0, form, o.rlar.where, o.rlar.mode, o.rlar.magnitude)
-        return RLARObjective(rlar, o.weights, o.strength, partner, o.warmup, o.schedule, o.seed)
+        return RLARObjective(rlar, o.weights, o.strength, partner, o.warmup, o.schedule, o.seed, o.pairs if partner == "own" else None)
     return make
 
 def _only(**weights: float) -> Callable[[Options], Objective]: return lambda o: Objective(o.weights | weights)

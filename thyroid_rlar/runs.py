@@ -31,7 +31,7 @@ from .folder import read_folder
 from .loader import MISSING_GRADE, NoduleData, Prepared, Split, make_split, prepare
 from .methods import METHODS, Options, make_objective, missing_modules
 from .network import NETWORKS, MultitaskNet, NetworkSettings, check_encoder
-from .objectives import RAMPS, TASKS, Objective
+from .objectives import PAIRS, RAMPS, TASKS, Objective
 from .phantom import write_phantoms
 from .radiomics import EVIDENCE, EvidenceScaler, measure_manifest
 from .readers import noisy_grades, noisy_mask
@@ -51,6 +51,7 @@ class MethodSettings:
     rlar_form: str = "excess"
     rlar_where: str = "pooled"
     rlar_mode: str = "exact"
+    rlar_pairs: str = "seg-risk"       # whose directions are compared: of mask and grade, or `all` pairs with the evidence, too
     rlar_magnitude: bool = False       # count images in proportion to the size of their gradients
     rlar_warmup: float = 0.0           # share of the training over which lambda rises from 0
     rlar_schedule: str = "constant"    # of lambda afterwards: constant, linear or cosine
@@ -93,7 +94,8 @@ class RunSettings(MethodSettings):
 # %% ../nbs/55_runs.ipynb #010
 CHOICES = {
     "source": ("phantom", "ddti", "folder"), "network": NETWORKS, "stride": (2, 4, 8, 16, 32), "pretrained": ("bundled", "hub", "none"),
-    "objective": tuple(METHODS), "rlar_form": FORMS, "rlar_where": WHERE, "rlar_mode": MODES, "rlar_schedule": RAMPS, "schedule": SCHEDULES,
+    "objective": tuple(METHODS), "rlar_form": FORMS, "rlar_where": WHERE, "rlar_mode": MODES, "rlar_schedule": RAMPS,
+    "rlar_pairs": ("seg-risk", "all"), "schedule": SCHEDULES,
     "precision": PRECISIONS, "device": DEVICES,
 }
 RANGES = {
@@ -362,7 +364,8 @@ def make_trainer(s: RunSettings, run: RunData, folder: Path, callbacks: Sequence
                                        stride=s.stride, ordinal=s.ordinal, rotate=s.objective == "rotograd"), s.pretrained)
     rlar = make_rlar(s)
     weights = {"risk": s.risk_weight, "evidence": s.evidence_weight}
-    objective = make_objective(s.objective, Options(rlar, weights, s.rlar_strength, s.rlar_warmup, s.rlar_schedule, s.seed))
+    pairs = dict.fromkeys(PAIRS, 1.0) if s.rlar_pairs == "all" else None
+    objective = make_objective(s.objective, Options(rlar, weights, s.rlar_strength, s.rlar_warmup, s.rlar_schedule, s.seed, pairs))
     fit = FitSettings(epochs=s.epochs, batch_size=s.batch_size, learning_rate=s.learning_rate, schedule=s.schedule, patience=s.patience,
                       balance=s.balance, seed=s.seed, device=s.device, precision=s.precision, num_workers=s.num_workers, tensorboard=s.tensorboard)
     info = {"scale": scale.name, "image_size": list(s.image_size), "evidence": [item.name for item in EVIDENCE], "scaler": run.scaler.to_dict(),

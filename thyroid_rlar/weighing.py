@@ -18,7 +18,7 @@ from torchjd import scalarization
 # %% ../nbs/46_weighing.ipynb #8dd97575
 from .network import MultitaskNet
 from .objectives import TASKS, Objective, StepContext, StepReport, TaskLosses, _accumulate, _counts, _Heads, _means, _report, task_losses
-from .rlar import RLAR, flatten_gradient, unit
+from .rlar import flatten_gradient, unit
 
 # %% ../nbs/46_weighing.ipynb #062d13dd
 class Method(Objective):
