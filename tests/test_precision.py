@@ -13,8 +13,8 @@ from thyroid_rlar.rlar import FORMS, RLAR, WHERE, flatten_gradient, unit
 
 # what may differ from float64: a direction (1 - its cosine with float64's), the cosine of the two tasks, the penalty (of at most 1), and the whole
 # gradient of an objective (relative)
-TOLERANCES = {"float32": dict(direction=1e-6, cosine=1e-4, penalty=1e-4, gradient=1e-3),
-              "bf16": dict(direction=0.05, cosine=0.1, penalty=0.1, gradient=0.3)}
+TOLERANCES = {"float32": dict(direction=1e-6, cosine=1e-5, penalty=1e-5, gradient=1e-4),
+              "bf16": dict(direction=0.01, cosine=0.02, penalty=0.02, gradient=0.1)}
 
 
 def example(network: str, encoder: str = LITE0) -> tuple[MultitaskNet, dict[str, Tensor]]:
