@@ -152,16 +152,20 @@ class _Heads:
                             *net.classify(z, batch["valid"]))
         self.losses = task_losses(output, batch)
 
-    def gradient(self, leaf: int, whole: Tensor) -> Tensor:
-        "A leaf's gradient, in its rows of the whole batch."
-        gradient = self.leaves[leaf].grad
-        return gradient if self.rows is None else torch.zeros_like(whole).index_copy_(0, self.rows, gradient)
 
 # %% ../nbs/45_objectives.ipynb #023
 def _accumulate(tensors: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:
     "Add gradients to .grad, as backward would."
     for t, g in zip(tensors, gradients):
         if g is not None: t.grad = g.detach().clone() if t.grad is None else t.grad + g.detach()
+
+def _at_shared(parts: list[_Heads], shared: list[Tensor]) -> list[Tensor]:
+    "The gradients at the shared tensors, from those at the leaves of all parts."
+    if parts[0].rows is None: return [leaf.grad for leaf in parts[0].leaves]
+    whole = [torch.empty_like(t) for t in shared]
+    for p in parts:
+        for t, leaf in zip(whole, p.leaves): t.index_copy_(0, p.rows, leaf.grad)
+    return whole
 
 def _in_order(parts: list[_Heads]) -> TaskLosses:
     "The losses of all parts, in the batch's order."
@@ -193,9 +197,12 @@ def _regularised(part: _Heads, objective: "RLARObjective", counts: dict[str, Ten
     alignment = _align(objective, at_z, part, {pair: count * share for pair, count in counts.items()})
     everything = [*seg, *risk[1:]]
     g_penalty = torch.autograd.grad(alignment.penalty * scale, everything, allow_unused=True)
-    weight = objective.weight.update(sum(g.detach() for g in at_z.values()), g_penalty[0] * share, context.reduce)
+    first, *rest = (g.detach() for g in at_z.values())
+    tasks = sum(rest, first)
+    weight = objective.weight.update(tasks, g_penalty[0] * share, context.reduce)
     g_penalty = [None if g is None else weight * g for g in g_penalty]
-    for tensors, gradients in ((seg, g_seg), (risk, g_risk), (risk, g_evidence), (everything, g_penalty)): _accumulate(tensors, gradients)
+    part.leaves[0].grad = tasks + g_penalty[0]                 # z is large: the sum that is there already
+    for tensors, gradients in ((seg, g_seg), (risk, g_risk), (risk, g_evidence), (everything, g_penalty)): _accumulate(tensors[1:], gradients[1:])
     return alignment, weight
 
 # %% ../nbs/45_objectives.ipynb #f87e4aba
@@ -303,7 +310,7 @@ class RLARObjective(Objective):
         share = len(parts[0].losses.seg) / len(z)              # below 1 in `half`: R stays the mean over all images in expectation
         alignment, weight = _regularised(parts[0], self, counts, share, context)
         for part in parts[1:]: (self.total(_means(part.losses, counts)) * context.scale).backward()
-        torch.autograd.backward(shared, [sum(p.gradient(i, t) for p in parts) for i, t in enumerate(shared)])
+        torch.autograd.backward(shared, _at_shared(parts, shared))
         return _report(losses, _means(losses, counts), _spread(alignment, parts[0].rows, len(z)), weight)
 
     def state_dict(self) -> dict[str, Tensor]: return {"generator": self.generator.get_state(), "norms": self.weight.norms}

@@ -91,16 +91,14 @@ def make_schedule(optimizer: torch.optim.Optimizer, s: FitSettings, steps: int) 
 def average_gradients(net: nn.Module, accelerator: Accelerator) -> None:
     "Mean of .grad over processes, in one message; nothing on a single process."
     if accelerator.num_processes == 1: return
-    grads = [p.grad for p in net.parameters() if p.grad is not None]
-    _average(grads, accelerator)
+    _average([p.grad for p in net.parameters() if p.grad is not None], accelerator)
 
 @torch.no_grad()
 def average_buffers(net: nn.Module, accelerator: Accelerator) -> None:
     "Mean of the norms' running statistics over processes, so that all measure the same network; nothing on a single process."
     if accelerator.num_processes > 1: _average([b for b in net.buffers() if b.is_floating_point()], accelerator)
 
-def _average(tensors: list[Tensor], accelerator: Accelerator) -> None:
-    "Replace tensors by their mean over processes."
+def _average(tensors: list[Tensor], accelerator: Accelerator) -> None:  # in place
     flat = accelerator.reduce(torch.cat([t.flatten() for t in tensors]), "mean")
     for t, part in zip(tensors, flat.split([t.numel() for t in tensors])): t.copy_(part.view_as(t))
 
@@ -133,10 +131,10 @@ class StepLog:
 
     def add(self, report: StepReport, norm: Tensor, batch: dict[str, Tensor]) -> None:
         values = {f"loss_{t}": v for t, v in report.means.items()} | {"grad_norm": norm}
+        if report.weight is not None: values["rlar_weight"] = report.weight
         if report.alignment is not None:
-            values |= {"penalty": report.alignment.penalty, "vanished": report.alignment.vanished.sum(), "rlar_weight": report.weight}
+            values |= {"penalty": report.alignment.penalty, "vanished": report.alignment.vanished.sum()}
             self.cosines.append(report.alignment.cosine.float())
-        elif report.weight is not None: values["rlar_weight"] = report.weight
         values |= {f"weight_{t}": w for t, w in (report.task_weights or {}).items()}
         self.values.append(values); self.rows.append(batch["index"])
 
@@ -199,14 +197,16 @@ def epoch_row(table: pd.DataFrame, grades_high: np.ndarray) -> dict[str, float]:
 class Averaged:
     "Exponential moving average of a network's weights and statistics, with a short memory in the first steps."
     def __init__(self, net: nn.Module, decay: float):
-        self.net, self.decay, self.count = copy.deepcopy(net), decay, 0
+        self.net, self.decay, self.count, self.pairs = copy.deepcopy(net), decay, 0, None
 
     @torch.no_grad()
     def update(self, net: nn.Module) -> None:
         self.count += 1
         decay = min(self.decay, self.count / (10 + self.count))
-        pairs = [(a, b.detach()) for a, b in zip(self.net.state_dict().values(), net.state_dict().values()) if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - decay)
+        if self.pairs is None:                                     # the same tensors at every step
+            pairs = [(a, b) for a, b in zip(self.net.state_dict().values(), net.state_dict().values()) if a.is_floating_point()]
+            self.pairs = [list(side) for side in zip(*pairs)]
+        torch._foreach_lerp_(*self.pairs, 1 - decay)
 
 # %% ../nbs/50_training.ipynb #024
 @dataclass
