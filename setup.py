@@ -41,7 +41,7 @@ setup(
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     package_data={cfg["lib_path"]: ["*.csv", "*.json", "*.js", "*.css"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{key}_requirements"].split() for extra, key in (("dev", "dev"), ("solvers", "solver"), ("bench", "bench"))},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "solvers", "bench")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

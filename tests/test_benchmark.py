@@ -1,27 +1,20 @@
 """The benchmark notebook, through papermill as `make bench` runs it, at a tiny setting."""
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from test_runs import papermill
 
-ROOT = Path(__file__).resolve().parent.parent
 METHODS = ["sum", "rlar_one_sided", "rlar_exact", "rlar_half", "pcgrad", "upgrad", "smp_unet"]
 TINY = ["-p", "networks", "default,unet", "-p", "methods", ",".join(METHODS), "-p", "rounds", 1, "-p", "threads", 1, "-p", "image_size", "32x64",
         "-p", "batch_size", 4]
 
 
-def papermill(output: Path, *parameters: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "papermill", ROOT / "nbs/runs/benchmark.ipynb", output, "--no-progress-bar", *parameters]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=output.parent, timeout=900)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
-    done = papermill(folder / "benchmark.ipynb", *TINY, "-p", "out_dir", folder)
+    done = papermill("benchmark.ipynb", folder / "benchmark.ipynb", *TINY, "-p", "out_dir", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -45,7 +38,7 @@ def test_tables_hold_everything(folder):
 
 
 def test_what_is_wrong_is_said(tmp_path):
-    done = papermill(tmp_path / "out.ipynb", "-p", "methods", "sum,pcgard")
+    done = papermill("benchmark.ipynb", tmp_path / "out.ipynb", "-p", "methods", "sum,pcgard")
     assert done.returncode != 0 and "pcgrad" in done.stderr
-    done = papermill(tmp_path / "out.ipynb", "-p", "round", 3)
+    done = papermill("benchmark.ipynb", tmp_path / "out.ipynb", "-p", "round", 3)
     assert done.returncode != 0 and "unknown parameter round" in done.stderr

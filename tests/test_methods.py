@@ -3,14 +3,12 @@ import copy
 import io
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from machine import DEVICE, DTYPE, EXACT, TOLERANCE
+from test_processes import launch_two
 from torch import Tensor
 
 from thyroid_rlar.loader import MISSING_GRADE
@@ -140,18 +138,8 @@ ALONE = {"rlar_shuffled", "random_direction", "matched_decay"}
 
 @pytest.mark.parametrize("network", ["shared_map", "unet"])
 def test_two_processes_give_the_gradients_of_one_with_the_joined_batch(tmp_path, network):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    (tmp_path / "script.py").write_text(SCRIPT)
     here = str(Path(__file__).parent)
-    together = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                             "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, tmp_path / "script.py", tmp_path / "errors.json", network]
-    running = [subprocess.Popen(command, env=together | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True) for rank in "01"]
-    for process in running:
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said[-3000:]
+    launch_two(tmp_path, SCRIPT, tmp_path / "errors.json", network, PYTHONPATH=os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
     errors = json.loads((tmp_path / "errors.json").read_text())
     assert set(errors) == set(METHODS) - ALONE
     limits = dict.fromkeys(errors, TOLERANCE) | {"gradnorm": max(1e-7, TOLERANCE)}    # Adam's epsilon sees norms that are larger by a common factor

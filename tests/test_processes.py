@@ -43,19 +43,24 @@ found = dict(said=said, best=trainer.best, steps=len(trainer.loader), state=stat
 """
 
 
-def two_processes(folder: Path, how: str) -> list[dict]:
+def launch_two(folder: Path, script: str, *arguments: object, **environment: str) -> None:
+    "Run a script in two processes that know of each other, and wait; fail with what one of them said."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    (folder / "script.py").write_text(SCRIPT)
+    (folder / "script.py").write_text(script)
 
     together = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, folder / "script.py", folder, how]
+                             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"} | environment
+    command = [str(part) for part in (sys.executable, folder / "script.py", *arguments)]
     running = [subprocess.Popen(command, env=together | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True) for rank in "01"]
     for process in running:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
+
+
+def two_processes(folder: Path, how: str) -> list[dict]:
+    launch_two(folder, SCRIPT, folder, how)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

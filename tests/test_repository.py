@@ -144,7 +144,7 @@ def test_requirements_are_what_is_imported():
 
     needed = {normal(item) for item in config["DEFAULT"]["requirements"].split()}
     dev = {normal(item) for item in config["DEFAULT"]["dev_requirements"].split()}
-    extras = {normal(item) for kind in ("solver", "bench") for item in config["DEFAULT"][f"{kind}_requirements"].split()}  # imported where used
+    extras = {normal(item) for kind in ("solvers", "bench") for item in config["DEFAULT"][f"{kind}_requirements"].split()}  # imported where used
     providers = importlib.metadata.packages_distributions()
 
     def distributions(trees: list[ast.Module]) -> set[str]:

@@ -11,7 +11,7 @@ __all__ = ['NETWORKS', 'SMP_UNET', 'RLAR_MODES', 'GROWING', 'COLOURS', 'PROMISES
 # %% ../nbs/70_benchmark.ipynb #1672049e
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 # %% ../nbs/70_benchmark.ipynb #35665514
@@ -29,12 +29,12 @@ from tqdm.auto import tqdm, trange
 
 # %% ../nbs/70_benchmark.ipynb #2c3cacd3
 from .figures import BLUE, GREEN, GREY, ORANGE, PURPLE
-from .methods import METHODS, Options, make_objective
+from .methods import METHODS
 from .network import MultitaskNet, NetworkSettings, Output, RiskHead
 from .objectives import Objective, task_losses
 from .pairs import align_pairs
 from .rlar import MODES
-from .runs import ParameterError, RunSettings, make_rlar, typed_parameters
+from .runs import ParameterError, RunSettings, make_rlar, run_objective, typed_parameters
 from .training import FitSettings, make_optimizer, train_step
 
 # %% ../nbs/70_benchmark.ipynb #3e3fff53
@@ -86,10 +86,9 @@ def all_methods() -> list[str]:
 
 def build(method: str) -> Objective:
     "The objective of a method, with a run's default weights. ImportError that says what to install, ValueError for an unknown name."
-    s = RunSettings(rlar_mode=RLAR_MODES.get(method, RunSettings.rlar_mode))
-    weights = {"risk": s.risk_weight, "evidence": 0.0 if method == "smp_unet" else s.evidence_weight}
     name = {"smp_unet": "sum"}.get(method, "rlar" if method in RLAR_MODES else method)
-    return make_objective(name, Options(make_rlar(s), weights, s.rlar_strength, seed=s.seed))
+    s = RunSettings(objective=name, rlar_mode=RLAR_MODES.get(method, RunSettings.rlar_mode))
+    return run_objective(replace(s, evidence_weight=0.0) if method == "smp_unet" else s)
 
 # %% ../nbs/70_benchmark.ipynb #deca97a9
 def make_steps(changes: Mapping, methods: Sequence[str], **options) -> tuple[dict[str, Callable[[], None]], dict[str, Bench], dict[str, str]]:

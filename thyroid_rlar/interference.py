@@ -36,8 +36,9 @@ from .runs import ParameterError, typed_parameters
 STEPS = ("seg", "risk")
 
 def shared_parameters(net: MultitaskNet) -> dict[str, Tensor]:
-    "The parameters upstream of z, by name, detached: those of the encoder and of the fused map."
-    return {name: p.detach() for name, p in net.named_parameters() if name.startswith(("encoder", "fuse"))}
+    "The network's `upstream` parameters by name, detached."
+    shared = set(map(id, net.upstream()))
+    return {name: p.detach() for name, p in net.named_parameters() if id(p) in shared}
 
 def _losses(net: MultitaskNet, parameters: dict[str, Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     "Losses (2,) of one image, segmentation and risk, with these shared parameters; and z."

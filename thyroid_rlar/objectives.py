@@ -98,12 +98,19 @@ def _means(losses: TaskLosses, counts: dict[str, Tensor]) -> dict[str, Tensor]:
     "Mean loss per task over the images that have the label; 0 where none has."
     return {t: getattr(losses, t).sum() / counts[t] for t in TASKS}
 
+def _look(net: MultitaskNet, batch: dict[str, Tensor], context: StepContext) -> tuple[TaskLosses, dict[str, Tensor]]:
+    "Losses of a forward pass and their means over labelled images."
+    with context.autocast(): output = net(batch["image"], batch["valid"])
+    losses = task_losses(output, batch)
+    return losses, _means(losses, _counts(losses, context))
+
 # %% ../nbs/45_objectives.ipynb #019
 class Objective:
     "The plain weighted sum of task losses; subclasses change how gradients are formed."
     name = "sum"
     processes = True           # several processes give the gradients of one with the joined batch
     progress = 0.0             # share of the training that is done
+    weight: "Lambda | None" = None     # of the term beside the sum, where there is one
 
     def __init__(self, weights: dict[str, float] | None = None):
         self.weights = {"seg": 1.0, "risk": 1.0, "evidence": 1.0} | (weights or {})
@@ -124,9 +131,7 @@ class Objective:
     def backward(self, net: MultitaskNet, batch: dict[str, Tensor], context: StepContext | None = None) -> StepReport:
         "Forward and backward of one batch; adds `scale` times the gradient to every parameter's .grad."
         context = context or StepContext()
-        with context.autocast(): output = net(batch["image"], batch["valid"])
-        losses = task_losses(output, batch)
-        means = _means(losses, _counts(losses, context))
+        losses, means = _look(net, batch, context)
         (self.total(means) * context.scale).backward()
         return _report(losses, means)
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'RANGES', 'PACKAGES', 'OUTPUTS', 'MethodSettings', 'RunSettings', 'ParameterError', 'read_size',
-           'typed_parameters', 'make_rlar', 'check_parameters', 'parameters_of', 'from_notebook', 'recorded_settings',
-           'changed_parameters', 'run_folder', 'set_aside', 'one_reader', 'open_source', 'RunData', 'load_data',
-           'label_counts', 'trained_tasks', 'split_table', 'check_split', 'make_trainer']
+           'typed_parameters', 'make_rlar', 'run_objective', 'check_parameters', 'parameters_of', 'from_notebook',
+           'recorded_settings', 'changed_parameters', 'run_folder', 'set_aside', 'one_reader', 'open_source', 'RunData',
+           'load_data', 'label_counts', 'trained_tasks', 'split_table', 'check_split', 'make_trainer']
 
 # %% ../nbs/55_runs.ipynb #003
 import math
@@ -29,7 +29,7 @@ from .evaluation import write_json
 from .files import DataError, code_digest, digest, inside, read_json, read_whole, remove, resolve, write_text, write_whole
 from .folder import read_folder
 from .loader import MISSING_GRADE, NoduleData, Prepared, Split, make_split, prepare
-from .methods import METHODS, Options, make_objective, missing_modules
+from .methods import METHODS, Options, make_objective
 from .network import NETWORKS, MultitaskNet, NetworkSettings, check_encoder
 from .objectives import PAIRS, RAMPS, TASKS, Objective
 from .phantom import write_phantoms
@@ -147,6 +147,12 @@ def typed_parameters(values: Mapping[str, object], defaults: Mapping[str, object
 # %% ../nbs/55_runs.ipynb #012
 def make_rlar(s: RunSettings) -> RLAR: return RLAR(s.rlar_weight, s.rlar_margin, s.rlar_form, s.rlar_where, s.rlar_mode, s.rlar_magnitude)
 
+def run_objective(s: RunSettings) -> Objective:
+    "The objective that a run trains with. Raises ImportError that says what to install, ValueError for what cannot be."
+    weights = {"risk": s.risk_weight, "evidence": s.evidence_weight}
+    pairs = dict.fromkeys(PAIRS, 1.0) if s.rlar_pairs == "all" else None
+    return make_objective(s.objective, Options(make_rlar(s), weights, s.rlar_strength, s.rlar_warmup, s.rlar_schedule, s.seed, pairs))
+
 def _check_yardstick(s: RunSettings) -> None:
     "Raise ParameterError for what smp.Unet cannot do: it is the yardstick, trained in the ordinary way."
     wrong = [f"{name}: found {getattr(s, name)!r}, expected {value}" for name, value in
@@ -163,11 +169,8 @@ def _check_together(s: RunSettings) -> None:
     if s.network == "smp_unet": _check_yardstick(s)
     try: check_encoder(s.encoder, s.pretrained)
     except ValueError as error: raise ParameterError(str(error)) from error
-    if missing := missing_modules(s.objective):
-        raise ParameterError(f"objective: {s.objective} needs {' and '.join(missing)}: pip install 'thyroid_rlar[solvers]'")
-    if s.objective == "matched_decay" and not s.rlar_strength:
-        raise ParameterError("rlar_strength: found 0, expected more than 0 with objective matched_decay, which is matched to it")
-    try: make_rlar(s)
+    try: run_objective(s)
+    except ImportError as error: raise ParameterError(str(error)) from error
     except ValueError as error: raise ParameterError(f"rlar_{error}") from error       # it begins with the name: margin, form, mode
 
 def check_parameters(values: Mapping[str, object]) -> RunSettings:
@@ -362,16 +365,13 @@ def make_trainer(s: RunSettings, run: RunData, folder: Path, callbacks: Sequence
     scale = run.manifest.scale
     net = MultitaskNet(NetworkSettings(grades=len(scale), evidence=len(EVIDENCE) if s.evidence_weight else 0, network=s.network, encoder=s.encoder,
                                        stride=s.stride, ordinal=s.ordinal, rotate=s.objective == "rotograd"), s.pretrained)
-    rlar = make_rlar(s)
-    weights = {"risk": s.risk_weight, "evidence": s.evidence_weight}
-    pairs = dict.fromkeys(PAIRS, 1.0) if s.rlar_pairs == "all" else None
-    objective = make_objective(s.objective, Options(rlar, weights, s.rlar_strength, s.rlar_warmup, s.rlar_schedule, s.seed, pairs))
+    objective = run_objective(s)
     fit = FitSettings(epochs=s.epochs, batch_size=s.batch_size, learning_rate=s.learning_rate, schedule=s.schedule, patience=s.patience,
                       balance=s.balance, seed=s.seed, device=s.device, precision=s.precision, num_workers=s.num_workers, tensorboard=s.tensorboard)
     info = {"scale": scale.name, "image_size": list(s.image_size), "evidence": [item.name for item in EVIDENCE], "scaler": run.scaler.to_dict(),
             "objective": s.objective, "tasks": trained_tasks(objective, run)}
     if s.resume: check_split(run, folder)
-    trainer = Trainer(net, objective, run.data, run.split, fit, folder, rlar, callbacks, info)
+    trainer = Trainer(net, objective, run.data, run.split, fit, folder, make_rlar(s), callbacks, info)
     if trainer.accelerator.is_main_process:     # last: whatever fails before leaves an earlier run whole
         _begin(s, folder, None if s.resume else split_table(run))
     trainer.accelerator.wait_for_everyone()

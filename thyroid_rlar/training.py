@@ -35,7 +35,6 @@ from tqdm.auto import tqdm
 from .files import read_whole, write_whole
 from .instruments import measure, strength
 from .loader import EpochSampler, NoduleData, Split, eval_loader, train_loader
-from .methods import MatchedDecay
 from .network import MultitaskNet, save_model
 from .objectives import Objective, RLARObjective, StepContext, StepReport
 from .rlar import RLAR
@@ -355,7 +354,7 @@ def end_epoch(t: Trainer, timing: dict[str, float], bar: tqdm) -> None:
     summary, nodules, z = t.watch(net, t.epoch)
     last = summary.index[-1]                                       # validation, or training where there is none
     pushed = t.watch.strength(t.net, t.objective)                # of the weights that are being trained, not of their average
-    weight = float(t.objective.weight.value) if isinstance(t.objective, RLARObjective | MatchedDecay) else 0.0
+    weight = float(t.objective.weight.value) if t.objective.weight else 0.0
     extra = {"strength": pushed, "rlar_weight": weight, **timing, "peak_memory_mb": peak_memory_mb(t.accelerator.device)}
     for name, value in extra.items(): summary.loc[last, name] = value
     t.log.history.append(summary)

@@ -17,7 +17,7 @@ from torchjd import scalarization
 
 # %% ../nbs/46_weighing.ipynb #8dd97575
 from .network import MultitaskNet
-from .objectives import TASKS, Objective, StepContext, StepReport, TaskLosses, _accumulate, _counts, _Heads, _means, _report, task_losses
+from .objectives import TASKS, Objective, StepContext, StepReport, TaskLosses, _accumulate, _counts, _Heads, _look, _means, _report
 from .rlar import flatten_gradient, unit
 
 # %% ../nbs/46_weighing.ipynb #062d13dd
@@ -56,19 +56,13 @@ def _tasks(objective: Objective, means: dict[str, Tensor]) -> list[str]:
     return [t for t in TASKS if objective.weights[t] and means[t].requires_grad]
 
 def _values(method: Method, losses: TaskLosses, means: dict[str, Tensor], tasks: list[str], context: StepContext) -> Tensor:
-    "The weighed losses (T,): the joined batch's values, the last ones where no label was seen, with the gradients of this process's part."
+    "The weighed losses (T,): the joined batch's values, the last ones where no label is `seen`, with the gradients of this process's part."
     own = torch.stack([method.weights[t] * means[t] for t in tasks])
     labels = torch.stack([getattr(losses, f"has_{t}").sum() for t in tasks]).to(own.dtype)
     whole, seen = context.reduce(torch.cat([own.detach(), labels])).chunk(2)
     last = torch.ones_like(whole) if method.last is None else method.last.to(whole)
-    method.last = torch.where(seen > 0, whole, last)
+    method.seen, method.last = seen > 0, torch.where(seen > 0, whole, last)
     return own + (method.last - own).detach()
-
-def _look(net: MultitaskNet, batch: dict[str, Tensor], context: StepContext) -> tuple[TaskLosses, dict[str, Tensor]]:
-    "Losses of a forward pass and their means over labelled images."
-    with context.autocast(): output = net(batch["image"], batch["valid"])
-    losses = task_losses(output, batch)
-    return losses, _means(losses, _counts(losses, context))
 
 # %% ../nbs/46_weighing.ipynb #b61d6868
 _OF_TORCH = set(vars(nn.Module()))                      # what every module has beside what it remembers
