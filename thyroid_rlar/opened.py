@@ -93,7 +93,7 @@ class OpenRun:
 def image_table(net: MultitaskNet, data: NoduleData, rows: Sequence[int], rlar: RLAR, tasks: Sequence[str], evidence: Sequence[str],
                 scaler: EvidenceScaler | None, progress: bool = True) -> tuple[pd.DataFrame, np.ndarray]:
     """A row per image, indexed by row number, and pooled latents (n,C). Columns: image_id, case_id, group, grade, grade_index; those of `measure`;
-    angle in degrees; with the risk task p_<grade>, predicted (a grade), predicted_index, error; with evidence measured_<item> and predicted_<item>."""
+    angle in degrees; with the risk task p_<grade>, predicted (a grade) and its index, error; with evidence measured_<item> and predicted_<item>."""
     device, manifest = next(net.parameters()).device, data.prepared.manifest
     batches = tqdm(eval_loader(data, rows), desc="looking at images", unit="batch", disable=not progress, leave=False)
     found, z = measure(net, ({k: v.to(device) for k, v in b.items()} for b in batches), rlar, curved=0)
