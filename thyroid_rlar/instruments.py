@@ -46,7 +46,7 @@ def probe(net: MultitaskNet, batch: dict[str, Tensor], curved: bool = True) -> P
     with torch.enable_grad():
         output = Output(features, z, net.segment(z, features, tuple(batch["image"].shape[-2:])), *net.classify(z, batch["valid"]))
         losses = task_losses(output, batch)
-        g_seg, *around = torch.autograd.grad(losses.seg.sum(), leaves, retain_graph=True, create_graph=curved)
+        g_seg, *around = torch.autograd.grad(losses.seg.sum(), leaves, create_graph=curved, retain_graph=True, materialize_grads=True)
         g_risk, = torch.autograd.grad(losses.risk.sum(), z, retain_graph=True, create_graph=curved)
         g_evidence = torch.autograd.grad(losses.evidence.sum(), z, retain_graph=True)[0] if losses.evidence.requires_grad else torch.zeros_like(z)
         curvature = {t: _along(g, z) if curved else torch.full_like(losses.seg, torch.nan) for t, g in (("seg", g_seg), ("risk", g_risk))}
