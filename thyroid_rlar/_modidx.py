@@ -565,6 +565,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/thyroid_rlar', 'doc_host':
                                      'thyroid_rlar.opened._split_of': ('opened.html#_split_of', 'thyroid_rlar/opened.py'),
                                      'thyroid_rlar.opened._table_key': ('opened.html#_table_key', 'thyroid_rlar/opened.py'),
                                      'thyroid_rlar.opened.image_table': ('opened.html#image_table', 'thyroid_rlar/opened.py'),
+                                     'thyroid_rlar.opened.most_telling': ('opened.html#most_telling', 'thyroid_rlar/opened.py'),
                                      'thyroid_rlar.opened.open_run': ('opened.html#open_run', 'thyroid_rlar/opened.py'),
                                      'thyroid_rlar.opened.open_trainer': ('opened.html#open_trainer', 'thyroid_rlar/opened.py')},
             'thyroid_rlar.pairs': { 'thyroid_rlar.pairs.Latent': ('pairs.html#latent', 'thyroid_rlar/pairs.py'),
