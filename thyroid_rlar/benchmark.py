@@ -241,6 +241,7 @@ def cost_figure(table: pd.DataFrame) -> Figure:
         ax.set_title(title, fontsize=10); ax.axvline(1, color=GREY, lw=1); ax.grid(alpha=0.3); ax.set_xlim(left=0)
         ax.set_xlabel("multiple of the plain sum's")
     axes[0].set_yticks(range(len(rows)), rows.method, fontsize=9)
+    axes[0].set_ylim(-0.6, len(rows) - 0.4)
     return fig
 
 # %% ../nbs/70_benchmark.ipynb #c3d0c090
@@ -264,7 +265,7 @@ class BenchmarkSettings:
     "What to measure."
     networks: str = "default,resnet34,stride_8,unet"     # of NETWORKS, separated by commas
     methods: str = "all"                                 # or names separated by commas
-    rounds: int = 10
+    rounds: int = 6
     threads: str = "2,1"
     image_size: tuple[int, int] = (160, 224)
     batch_size: int = 8

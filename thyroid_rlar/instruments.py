@@ -31,7 +31,7 @@ class Probe:
     g_risk: Tensor     # like z, 0 where there is no grade
     g_evidence: Tensor # like z, 0 where nothing was measured
     through: Tensor    # (B,) skip ratio of the segmentation gradient
-    curvature: dict[str, Tensor]    # of seg and risk, (B,)
+    curvature: dict[str, Tensor]    # of seg and risk, (B,); NaN where not asked for
 
 def _along(g: Tensor, z: Tensor) -> Tensor:
     "Curvature (B,) of each image's loss along its own direction, from its gradient g, which has a graph; 0 where the gradient is 0."
@@ -39,17 +39,17 @@ def _along(g: Tensor, z: Tensor) -> Tensor:
     bent, = torch.autograd.grad((g * u).sum(), z, retain_graph=True)
     return (bent * u).flatten(1).sum(1)
 
-def probe(net: MultitaskNet, batch: dict[str, Tensor]) -> Probe:
-    "Evaluate a batch and differentiate each image's own losses with respect to its own z."
+def probe(net: MultitaskNet, batch: dict[str, Tensor], curved: bool = True) -> Probe:
+    "Evaluate a batch and differentiate each image's own losses with respect to its own z, a second time where curvature is asked for."
     with torch.no_grad(): z, features = net.encode(batch["image"])
     leaves = [t.requires_grad_() for t in (z, *features)]
     with torch.enable_grad():
         output = Output(features, z, net.segment(z, features, tuple(batch["image"].shape[-2:])), *net.classify(z, batch["valid"]))
         losses = task_losses(output, batch)
-        g_seg, *around = torch.autograd.grad(losses.seg.sum(), leaves, create_graph=True)
-        g_risk, = torch.autograd.grad(losses.risk.sum(), z, create_graph=True)
+        g_seg, *around = torch.autograd.grad(losses.seg.sum(), leaves, create_graph=curved, retain_graph=True, materialize_grads=True)
+        g_risk, = torch.autograd.grad(losses.risk.sum(), z, retain_graph=True, create_graph=curved)
         g_evidence = torch.autograd.grad(losses.evidence.sum(), z, retain_graph=True)[0] if losses.evidence.requires_grad else torch.zeros_like(z)
-        curvature = {"seg": _along(g_seg, z), "risk": _along(g_risk, z)}
+        curvature = {t: _along(g, z) if curved else torch.full_like(losses.seg, torch.nan) for t, g in (("seg", g_seg), ("risk", g_risk))}
     squares = [g.detach().float().flatten(1).square().sum(1) for g in (g_seg, *around)]
     return Probe(output, losses, g_seg.detach(), g_risk.detach(), g_evidence, (squares[0] / sum(squares)).sqrt(), curvature)
 
@@ -95,13 +95,14 @@ def measure(
     net: MultitaskNet,
     batches: Iterable[dict[str, Tensor]],   # unaugmented, on the network's device
     rlar: RLAR,                             # place, form and margin to measure with
+    curved: int | None = None,              # batches to measure the curvature on, which doubles their cost; default: all
 ) -> tuple[pd.DataFrame, np.ndarray]:       # one row per image; pooled latents (N,C)
     "Angles, norms, losses, Dice and grade probabilities per image, in evaluation mode."
     training = net.training
     net.eval()
     tables, latents = [], []
-    for batch in batches:
-        p = probe(net, batch)
+    for number, batch in enumerate(batches):
+        p = probe(net, batch, curved is None or number < curved)
         columns = _columns(p, batch, rlar)
         probabilities = p.output.grade_logits.detach().float().softmax(1)
         columns |= {f"p{k}": probabilities[:, k] for k in range(probabilities.shape[1])}

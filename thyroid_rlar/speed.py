@@ -135,7 +135,7 @@ WATCHED = {                                                # part of an epoch: w
     "average of the weights": [(Averaged, "update")],
     "logging in each step": [(StepLog, "add")],
     "logging at the epoch's end": [(StepLog, "collect"), (training, "check_finite")],
-    "instruments: one table a part": [(Watch, "__call__")],
+    "instruments: one table a part": [(Watch, "__call__")],      # beyond a plain validation
     "instruments: strength": [(Watch, "strength")],
     "files": [(training, "save_checkpoint"), (training, "save_model"), (RunLog, "save"), (RunLog, "add_nodules"), (RunLog, "save_latents")],
     "whole epoch": [(training, "train_epoch"), (training, "end_epoch")],
@@ -166,6 +166,8 @@ def _train(data: NoduleData, split: Split, folder: Path, changes: Mapping, metho
     trainer = Trainer(net, build(method), data, split, fit, folder)
     trainer.loader = _Loading(trainer.loader, clock)
     trainer.fit()
+    with clock("a plain validation"), torch.no_grad():
+        for batch in trainer.watch.batches(split.val): trainer.net.eval()(batch["image"], batch["valid"])
 
 def epoch_costs(data: NoduleData, split: Split, folder: Path, changes: Mapping | None = None, method: str = "rlar_exact", threads: int = 1,
                 images: int = 8) -> pd.DataFrame:
@@ -180,8 +182,11 @@ def epoch_costs(data: NoduleData, split: Split, folder: Path, changes: Mapping |
             clock.rows.clear()
             _train(data, some, folder, changes or {}, method, images, clock)
     seconds = pd.DataFrame(clock.rows, columns=["part", "seconds", "wall"]).groupby("part").seconds.sum()
+    once = seconds["instruments: strength"] * (1 - 1 / FitSettings.latent_every)      # measured in this first epoch, but not in every one
+    for part in ("instruments: strength", "whole epoch"): seconds[part] -= once
+    seconds["instruments: one table a part"] -= seconds["a plain validation"]
     parts = {PASSES: seconds[PASSES], "rest of the steps: clipping, optimiser": seconds["steps"] - seconds[PASSES], "loading": seconds["loading"]}
-    parts |= {name: seconds[name] for name in WATCHED if name not in ("steps", "whole epoch")}
+    parts |= {"a plain validation": seconds["a plain validation"]} | {name: seconds[name] for name in WATCHED if name not in ("steps", "whole epoch")}
     parts |= {"all else": seconds["whole epoch"] - sum(parts.values()), "whole epoch": seconds["whole epoch"]}
     table = pd.DataFrame({"seconds": parts}).rename_axis("part")
     return table.assign(share=table.seconds / parts["whole epoch"], per_pass=table.seconds / parts[PASSES])
@@ -191,6 +196,7 @@ def epoch_promises(costs: pd.DataFrame) -> pd.DataFrame:
     "What an epoch may cost, from `epoch_costs`."
     s = costs.seconds
     passes, instruments, logging = s[PASSES], s.filter(like="instruments").sum(), s["logging in each step"]
-    return judged([("an epoch without its instruments, over its forward and backward passes", 1.10, (s["whole epoch"] - instruments) / passes),
-                   ("instruments, share of an epoch", 0.05, instruments / s["whole epoch"]),
+    training_alone = s["whole epoch"] - s["a plain validation"] - instruments
+    return judged([("an epoch without validation and instruments, over its forward and backward passes", 1.10, training_alone / passes),
+                   ("instruments beyond a plain validation, share of an epoch", 0.05, instruments / s["whole epoch"]),
                    ("logging in a step, share of the step", 0.01, logging / (passes + s["rest of the steps: clipping, optimiser"] + logging))])

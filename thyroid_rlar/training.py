@@ -60,7 +60,7 @@ class FitSettings:
     device: str = "auto"            # `auto` (GPU if there is one), `cpu` or `cuda`
     precision: str = "fp32"         # `bf16` and `fp16` (with its loss scaler) are mixed
     num_workers: int = 0
-    latent_every: int = 5           # epochs between stored latents
+    latent_every: int = 5           # epochs between stored latents and measured strengths
     tensorboard: bool = False
 
     def __post_init__(self):
@@ -238,12 +238,12 @@ class RunLog:
 class Watch:
     "Measures fixed images of a run at epoch ends."
     def __init__(self, data: NoduleData, split: Split, rlar: RLAR, weights: dict[str, float], device: torch.device, seed: int = 0):
-        fixed = np.sort(np.random.default_rng(seed).permutation(split.train)[:64])
+        fixed = np.sort(np.random.default_rng(seed).permutation(split.train)[:min(64, max(8, len(split.train) // 24))])
         self.parts = {name: part for name, part in (("train", fixed), ("val", split.val)) if len(part)}
         self.data, self.rlar, self.weights, self.device = data, rlar, weights, device
         self.high = data.prepared.manifest.scale.is_high
         last = list(self.parts.values())[-1]
-        self.dual = [r for r in last if data.grades[r] >= 0 and data.prepared.has_mask[r]][:24]
+        self.dual = [r for r in last if data.grades[r] >= 0 and data.prepared.has_mask[r]][:8]
 
     def batches(self, rows: Sequence[int], size: int = 16) -> Iterator[dict[str, Tensor]]:
         for batch in eval_loader(self.data, rows, size):
@@ -253,15 +253,15 @@ class Watch:
         "One row per part; one row per image; pooled latents."
         tables, latents = [], []
         for name, rows in self.parts.items():
-            table, z = measure(net, self.batches(rows), self.rlar)
+            table, z = measure(net, self.batches(rows), self.rlar, curved=1)
             tables.append(table.assign(grade=self.data.grades[table.row], epoch=epoch, split=name)); latents.append(z)
         summary = pd.DataFrame([dict(kind="epoch", epoch=epoch, split=n, **epoch_row(t, self.high)) for n, t in zip(self.parts, tables)])
         return summary, pd.concat(tables, ignore_index=True), np.concatenate(latents)
 
     def strength(self, net: MultitaskNet, objective: Objective) -> float:
-        "Strength on up to 24 validation images with both labels; NaN where there is none, 0 without a regulariser."
+        "Strength on up to 8 validation images with both labels; NaN where there is none, 0 without a regulariser."
         if not isinstance(objective, RLARObjective) or not self.dual: return 0.0 if self.dual else math.nan
-        return strength(net, self.batches(self.dual, 8), objective.rlar, self.weights, objective.partner, float(objective.weight.value))
+        return strength(net, self.batches(self.dual), objective.rlar, self.weights, objective.partner, float(objective.weight.value))
 
 # %% ../nbs/50_training.ipynb #028
 def make_accelerator(s: FitSettings, folder: Path) -> Accelerator:
@@ -353,7 +353,8 @@ def end_epoch(t: Trainer, timing: dict[str, float], bar: tqdm) -> None:
     t.objective.end_epoch()
     summary, nodules, z = t.watch(net, t.epoch)
     last = summary.index[-1]                                       # validation, or training where there is none
-    pushed = t.watch.strength(t.net, t.objective)                # of the weights that are being trained, not of their average
+    kept = t.epoch % s.latent_every == 0 or t.epoch == s.epochs - 1
+    pushed = t.watch.strength(t.net, t.objective) if kept else math.nan     # of the weights that are being trained, not of their average
     weight = float(t.objective.weight.value) if t.objective.weight else 0.0
     extra = {"strength": pushed, "rlar_weight": weight, **timing, "peak_memory_mb": peak_memory_mb(t.accelerator.device)}
     for name, value in extra.items(): summary.loc[last, name] = value
@@ -366,7 +367,7 @@ def end_epoch(t: Trainer, timing: dict[str, float], bar: tqdm) -> None:
     if better: t.best, t.best_epoch = loss, t.epoch - 1
     if t.accelerator.is_main_process:
         if better: save_model(net, t.folder, **t.model_info)
-        if (t.epoch - 1) % s.latent_every == 0 or t.epoch == s.epochs: t.log.save_latents(t.epoch - 1, nodules, z)
+        if kept: t.log.save_latents(t.epoch - 1, nodules, z)
         t.log.save()
         save_checkpoint(t)
     if s.tensorboard: t.accelerator.log({k: float(v) for k, v in row.items() if isinstance(v, Real) and np.isfinite(v)}, step=t.epoch)
