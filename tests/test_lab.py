@@ -2,12 +2,18 @@
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import nbformat
 import pytest
-from lab import Lab, browser_or_skip, until
+from lab import ROOT, Lab, browser_or_skip, until
 from nbformat.v4 import new_code_cell, new_notebook
+
+from thyroid_rlar.calculator import Calculation, advice_text, calculator_html, rule, ways
+from thyroid_rlar.tirads import ACR, POINTS, Descriptors, Score, advice, score
+
+CALCULATOR = (ROOT / "thyroid_rlar" / "calculator.js").read_text(encoding="utf-8")
 
 IMPORTS = """
 import anywidget, traitlets
@@ -85,6 +91,58 @@ def test_what_a_reader_does_is_seen(lab, tmp_path):
     assert not opened.errors and not opened.console
     opened.close()
     assert not lab.ask("sessions")
+
+
+DESCRIPTIONS = [dict(zip(POINTS, terms)) for terms in product(*list(POINTS.values())[:4], [[], ["macro"], ["rim", "punctate"], ["macro", "rim", "punctate"],
+                                                                                        ["comet-tail"]])]
+
+
+def test_the_calculators_script_follows_the_rule(lab):
+    """On every description the script gives Python's points, level and advice, and on some the ways that Python gives."""
+    page = lab.browser.new_page()
+    page.set_content(calculator_html(Calculation()))
+    page.evaluate("script => { window.calculator = eval(`(() => { ${script} })()`) }", CALCULATOR.replace("export default", "return"))
+    scores = page.evaluate("([rule, all]) => all.map(d => calculator.score(rule, d))", [rule(), DESCRIPTIONS])
+    python = [Descriptors(**d | {"foci": frozenset(d["foci"])}) for d in DESCRIPTIONS]
+    assert [(s["points"], s["level"]) for s in scores] == [(score(d).points, score(d).level) for d in python]
+    asked = [(DESCRIPTIONS[k], python[k], ACR.grades[k % 5]) for k in range(0, len(python), 37)]
+    ways_found = page.evaluate("([rule, all]) => all.map(([d, target]) => calculator.ways(rule, d, target))", [rule(), [[d, t] for d, _, t in asked]])
+    for found, (_, d, target) in zip(ways_found, asked):
+        expected = {(tuple(what if name == "foci" else f"{name} {what}" for name, what in way.edits), way.points) for way in ways(d, target)}
+        assert {(tuple(way["edits"]), way["points"]) for way in found} == expected, (d, target)
+    sizes = [(g, mm) for g in ACR.grades for mm in (None, 4.9, 5, 10, 15, 24.9, 25)]
+    said = page.evaluate("([rule, all]) => all.map(([level, mm]) => calculator.advice(rule, level, mm))", [rule(), sizes])
+    points = dict(zip(ACR.grades, (0, 2, 3, 4, 7)))
+    assert said == [advice_text(Score(python[0], points[g], g, mm and mm / 10, mm and advice(g, mm / 10) or "")) for g, mm in sizes]
+    page.close()
+
+
+CALCULATE = """
+calculator = Calculator(Calculation("solid", "hypoechoic", size_mm=12))
+said = widgets.Label("nothing yet")
+calculator.on_change(lambda c: setattr(said, "value", f"Python: {c.score.level}, {c.score.advice}"))
+widgets.VBox([calculator.widget, said])
+"""
+
+
+def test_calculator_in_jupyterlab(lab):
+    opened = lab.open(notebook("import ipywidgets as widgets\nfrom thyroid_rlar.calculator import Calculation, Calculator", CALCULATE,
+                               "calculator.calculation = Calculation('cystic', 'anechoic')")).run_all()
+    page, box = opened.page, opened.page.locator(".acr")
+    assert box.locator(".level").inner_text() == "TR1"                              # set by Python
+    box.locator("select[name=composition]").select_option("solid")
+    box.locator("select[name=echogenicity]").select_option("hypoechoic")
+    box.locator("input[name=punctate]").check()
+    box.locator("input[name=size_mm]").fill("9")
+    box.locator("input[name=size_mm]").press("Enter")
+    assert box.locator(".level").inner_text() == "TR5" and "At 9 mm: follow-up" in box.locator(".advice").inner_text()
+    until(lambda: page.get_by_text("Python: TR5, follow-up", exact=True).count(), "Python hears of it", page)
+    box.locator("button[name=TR4]").click()
+    assert "no punctate" in box.locator(".ways").inner_text()
+    box.locator("button[name=TR4]").press("Space")                                   # and closed again, the keyboard where it was
+    assert not box.locator(".ways").count() and page.evaluate("document.activeElement.name") == "TR4"
+    assert not opened.errors and not opened.console
+    opened.close()
 
 
 def test_errors_are_seen(lab):
