@@ -93,8 +93,8 @@ def test_what_a_reader_does_is_seen(lab, tmp_path):
     assert not lab.ask("sessions")
 
 
-DESCRIPTIONS = [dict(zip(POINTS, terms)) for terms in product(*list(POINTS.values())[:4], [[], ["macro"], ["rim", "punctate"], ["macro", "rim", "punctate"],
-                                                                                        ["comet-tail"]])]
+FOCI = [[], ["macro"], ["rim", "punctate"], ["macro", "rim", "punctate"], ["comet-tail"]]
+DESCRIPTIONS = [dict(zip(POINTS, terms)) for terms in product(*list(POINTS.values())[:4], FOCI)]
 
 
 def test_the_calculators_script_follows_the_rule(lab):
