@@ -79,7 +79,8 @@ def test_speed_at_the_default_size(network):
     net = MultitaskNet(NetworkSettings(grades=6, evidence=18, network=network)).eval().to(memory_format=torch.channels_last)
     h, w = 160, 224
     batch = dict(image=torch.rand(1, 1, h, w), mask=(torch.rand(1, 1, h, w) > 0.8).float(), valid=torch.ones(1, 1, h, w, dtype=torch.bool),
-                 has_mask=torch.tensor([True]), grade=torch.tensor([2]), evidence=torch.zeros(1, 18), index=torch.tensor([0]), group=torch.tensor([0]))
+                 has_mask=torch.tensor([True]), grade=torch.tensor([2]), evidence=torch.zeros(1, 18), index=torch.tensor([0]),
+                 group=torch.tensor([0]))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 

@@ -50,7 +50,7 @@ def _pca(z: np.ndarray, others: Sequence[np.ndarray]) -> tuple[list[np.ndarray],
 
 def _umap(z: np.ndarray, others: Sequence[np.ndarray], seed: int) -> tuple[list[np.ndarray], tuple[str, str]]:
     "A UMAP of z (N,C), N at least `FEWEST`, and the others put into it: (N,2) each."
-    from umap import UMAP                                                                # numba compiles: half a minute, the first time
+    from umap import UMAP  # numba compiles: half a minute, the first time
     fitted = UMAP(n_neighbors=min(15, len(z) - 1), random_state=seed, n_jobs=1)
     return [fitted.fit_transform(z), *(fitted.transform(x) for x in others)], ("UMAP 1", "UMAP 2")
 
