@@ -10,6 +10,7 @@ __all__ = ['MAPS', 'FEWEST', 'OWN_ANSWER', 'SKIPS_FIXED', 'standardise', 'Latent
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from .instruments import batch_dice
 from .loader import MISSING_GRADE
 from .network import MultitaskNet, Output
 from .objectives import TaskLosses, task_losses
-from .rlar import flatten_gradient, unit
+from .rlar import WHERE, flatten_gradient, unit
 
 # %% ../nbs/77_latent.ipynb #b36c3266
 def standardise(z: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
@@ -169,15 +170,15 @@ class Encoded:
     "One image, encoded once; a label that is missing is the network's own answer."
     def __init__(self,
                  net: MultitaskNet,            # in evaluation mode
-                 batch: dict[str, Tensor]):    # of one image, unaugmented, on the network's device
+                 batch: dict[str, Tensor],     # of one image, unaugmented, on the network's device
+                 output: Output | None = None):   # of this batch, if it is there already
         if net.training: raise ValueError("net: found training mode, expected evaluation mode: dropout would change each answer")
         if len(batch["image"]) != 1: raise ValueError(f"batch: found {len(batch['image'])} images, expected one")
         self.net = net
-        with torch.no_grad():
-            self.z, self.features = net.encode(batch["image"])
-            mask_logits, grade_logits, *_ = self.answer(self.z, batch["valid"])
-        self.batch, self.own = with_labels(batch, mask_logits, grade_logits.softmax(1))
-        self.start = (mask_logits > 0) & batch["valid"]              # the mask (1,1,H,W)
+        with torch.no_grad(): output = output or net(batch["image"], batch["valid"])
+        self.z, self.features = output.z, output.features
+        self.batch, self.own = with_labels(batch, output.mask_logits, output.grade_logits.softmax(1))
+        self.start = (output.mask_logits > 0) & batch["valid"]       # the mask (1,1,H,W)
 
     def answer(self, z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         "Mask logits, grade logits, evidence and embedding at n places z (n,C,h,w), the skips as they are."
@@ -195,31 +196,36 @@ class Encoded:
 
 # %% ../nbs/77_latent.ipynb #33f03fe3
 class Traversal(Encoded):
-    "The adversarial directions of one nodule, and what the heads answer on steps along them."
-    def __init__(self, net: MultitaskNet, batch: dict[str, Tensor],
-                 where: str = "map"):          # or `pooled`: one shift per channel
-        super().__init__(net, batch)
+    "The adversarial directions of one nodule, found when first asked for, and what the heads answer on steps along them."
+    def __init__(self, net: MultitaskNet, batch: dict[str, Tensor], where: str = "map", output: Output | None = None):
+        if where not in WHERE: raise ValueError(f"where: found {where!r}, expected one of {WHERE}")
+        super().__init__(net, batch, output)
+        self.where, self.size = where, self.z.norm()
+
+    @cached_property
+    def directions(self) -> tuple[Tensor, Tensor, Tensor]:
+        "u_seg, u_risk and u_risk made orthogonal to u_seg, each like z and of length 1; 0 where the gradient is."
         z = self.z.detach().requires_grad_()
         with torch.enable_grad():
-            losses = self.losses(z, self.answer(z, batch["valid"]))
-            gradients = [torch.autograd.grad(loss.sum(), z, retain_graph=True)[0] for loss in (losses.seg, losses.risk)]
-        self.size = self.z.norm()
-        self.u_seg, self.u_risk = (self._direction(g, where) for g in gradients)
-        self.cosine = float((self.u_seg * self.u_risk).sum())
-        left = self.u_risk - self.cosine * self.u_seg
-        self.u_orthogonal = left / left.norm().clamp(min=1e-12)
+            losses = self.losses(z, self.answer(z, self.batch["valid"]))
+            u_seg, u_risk = (self._unit(torch.autograd.grad(loss.sum(), z, retain_graph=True)[0]) for loss in (losses.seg, losses.risk))
+        left = u_risk - (u_seg * u_risk).sum() * u_seg
+        return u_seg, u_risk, left / left.norm().clamp(min=1e-12)
 
-    def _direction(self, g: Tensor, where: str) -> Tensor:
-        "The unit direction like z; 0 where the gradient is."
-        rows = unit(flatten_gradient(g, where))[0]
-        u = rows.view(1, -1, 1, 1) / (g.shape[2] * g.shape[3]) ** 0.5 if where == "pooled" else rows.view_as(g)
+    def _unit(self, g: Tensor) -> Tensor:
+        rows = unit(flatten_gradient(g, self.where))[0]
+        u = rows.view(1, -1, 1, 1) / (g.shape[2] * g.shape[3]) ** 0.5 if self.where == "pooled" else rows.view_as(g)
         return torch.empty_like(self.z).copy_(u)                     # in z's own memory format
+
+    @property
+    def cosine(self) -> float: return float((self.directions[0] * self.directions[1]).sum())
 
     @torch.no_grad()
     def step(self, seg: float | Sequence[float] = 0.0, risk: float | Sequence[float] = 0.0, orthogonal: bool = False) -> Decoded:
         "Steps along both directions, in shares of |z|: two numbers, or n of either."
         a, b = (torch.tensor(np.ravel(s), dtype=self.z.dtype, device=self.z.device)[:, None, None, None] for s in np.broadcast_arrays(seg, risk))
-        z = self.z + self.size * (a * self.u_seg + b * (self.u_orthogonal if orthogonal else self.u_risk))
+        moving = np.any(seg) or np.any(risk)                         # at the start no direction is needed
+        z = self.z + self.size * (a * self.directions[0] + b * self.directions[2 if orthogonal else 1]) if moving else self.z.expand(len(a), -1, -1, -1)
         answers = mask_logits, grade_logits, evidence, _ = self.answer(z, self.batch["valid"])
         wide = lambda t: t.expand(len(z), -1, -1, -1)
         dice = batch_dice(mask_logits, wide(self.start).float(), wide(self.batch["valid"]))
@@ -237,12 +243,14 @@ class Plane:
     done: float              # share of the rows
 
 def plane(t: Traversal, reach: float = 0.5, points: int = 21, orthogonal: bool = False) -> Iterator[Plane]:
-    "The plane of steps from -reach to reach, yielded after each row of `points`."
+    "The plane of steps from -reach to reach, yielded after each third of a row."
     steps = np.linspace(-reach, reach, points)
     found = Plane(steps, *(np.full((points, points), np.nan) for _ in range(4)), 0.0)
+    thirds = [part for part in np.array_split(np.arange(points), 3) if len(part)]
     for i in np.argsort(np.abs(steps), kind="stable"):                   # from the middle outwards
-        row = t.step(steps, steps[i], orthogonal)
-        for name, values in (("loss_seg", row.losses.seg), ("loss_risk", row.losses.risk), ("dice", row.dice)):
-            getattr(found, name)[i] = values.cpu().numpy()
-        found.grade[i], found.done = row.grade, found.done + 1 / points
-        yield found
+        for part in thirds:
+            row = t.step(steps[part], steps[i], orthogonal)
+            for name, values in (("loss_seg", row.losses.seg), ("loss_risk", row.losses.risk), ("dice", row.dice)):
+                getattr(found, name)[i, part] = values.cpu().numpy()
+            found.grade[i, part], found.done = row.grade, found.done + len(part) / points ** 2
+            yield found
