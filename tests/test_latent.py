@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from thyroid_rlar.files import DataError
-from thyroid_rlar.latent import SKIPS_FIXED, Traversal, latent_map, map_file, neighbours, plane, read_latents, saved_latents, standardise
+from thyroid_rlar.latent import SKIPS_FIXED, Traversal, latent_map, neighbours, plane, standardise
 from thyroid_rlar.network import MultitaskNet, NetworkSettings
 from thyroid_rlar.runs import check_parameters, load_data, make_trainer, open_source, run_folder
 
@@ -28,6 +28,11 @@ def trained(request, tmp_path_factory):
 
 
 def batch_of(data, row: int) -> dict: return {k: v[None] for k, v in data[row].items()}
+
+
+def latents(net, data) -> pd.DataFrame:
+    with torch.no_grad(): z = [net.encode(data[row]["image"][None])[0].mean((2, 3))[0].numpy() for row in range(len(data))]
+    return pd.DataFrame(z, index=data.prepared.manifest.rows.image_id)
 
 
 @pytest.mark.parametrize("where", ["map", "pooled"])
@@ -61,14 +66,15 @@ def test_where_skips_go_around_z_the_result_says_so(trained):
 def test_the_network_is_left_as_it_was(trained):
     net, data, _ = trained
     before = {k: v.clone() for k, v in net.state_dict().items()}
+    for p in net.parameters(): p.grad = None
     list(plane(Traversal(net, batch_of(data, 0)), 0.3, 3))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    assert not net.training and not any(p.grad is not None and p.grad.any() for p in net.parameters())
+    assert not net.training and not any(p.grad is not None for p in net.parameters())
 
 
 @pytest.mark.parametrize("network", ["shared_map", "unet"])
 def test_speed_at_the_default_size(network):
-    "The issue asks for a step in 60 ms and a plane in 6 s; the best of several, as other work may share the machine."
+    "A step in 60 ms and a plane in 6 s, in seconds of one processor, since other work may share the machine."
     torch.manual_seed(0)
     net = MultitaskNet(NetworkSettings(grades=6, evidence=18, network=network)).eval().to(memory_format=torch.channels_last)
     h, w = 160, 224
@@ -81,48 +87,47 @@ def test_speed_at_the_default_size(network):
     def best(run, times: int) -> float:
         found = []
         for _ in range(times):
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            found.append(time.perf_counter() - start)
+            found.append(time.process_time() - start)
         return min(found)
 
     try:
         t = Traversal(net, batch)
-        opened, step, row = best(lambda: Traversal(net, batch), 5), best(lambda: t.step(0.1, 0.1), 20), best(lambda: next(plane(t)), 5)
+        opened, step, row = best(lambda: Traversal(net, batch).directions, 5), best(lambda: t.step(0.1, 0.1), 20), best(lambda: next(plane(t)), 8)
     finally: torch.set_num_threads(threads)
-    print(f"{network}: opening {1000 * opened:.0f} ms, a step {1000 * step:.0f} ms, a plane of 21 x 21 {21 * row:.1f} s")
-    assert step < 0.06 and 21 * row < 6
+    print(f"{network}: opening {1000 * opened:.0f} ms, a step {1000 * step:.0f} ms, a plane of 21 x 21 {63 * row:.1f} s")
+    assert step < 0.06 and 63 * row < 6
 
 
 def test_a_run_is_laid_out_by_umap_once(trained):
-    _, _, folder = trained
-    made = latent_map(folder)
-    path, _ = map_file(folder)
-    written = path.stat().st_mtime_ns
-    start = time.perf_counter()
-    again = latent_map(folder)
+    net, data, folder = trained
+    z = latents(net, data)
+    made, path = latent_map(z, folder), folder / "explore" / "map-umap.npz"
+    written, start = path.stat().st_mtime_ns, time.perf_counter()
+    again = latent_map(z, folder)
     seconds = time.perf_counter() - start
-    pd.testing.assert_frame_equal(made.table, again.table)
-    assert made.method == "umap" and made.axes == ("UMAP 1", "UMAP 2") and not made.note
+    pd.testing.assert_frame_equal(made.now, again.now)
+    pd.testing.assert_frame_equal(made.before, again.before)
+    assert made.method == "umap" and made.axes == ("UMAP 1", "UMAP 2") and not made.note and len(made.now) == len(data)
     assert path.stat().st_mtime_ns == written and seconds < 2, seconds
-    assert set(made.table.epoch) == set(saved_latents(folder)) == {0, 5, 10, 15} and np.isfinite(made.table[["x", "y"]]).all(axis=None)
+    assert set(made.before.epoch) == {0, 5, 10, 15} and np.isfinite(made.before[["x", "y"]]).all(axis=None)
     path.unlink()
-    pd.testing.assert_frame_equal(latent_map(folder).table, made.table)          # the seed alone decides
+    pd.testing.assert_frame_equal(latent_map(z, folder).before, made.before)     # the seed alone decides
 
 
 def test_a_folder_that_cannot_be_written_has_maps_all_the_same(trained, monkeypatch):
-    _, _, folder = trained
-    (folder / "explore" / "map-pca.npz").unlink(missing_ok=True)
+    net, data, folder = trained
 
     def refuse(path: Path, write) -> None: raise DataError(path, "writing", "no permission", "a folder that can be written")
 
     monkeypatch.setattr("thyroid_rlar.latent.write_whole", refuse)
-    assert latent_map(folder, "pca").method == "pca" and not (folder / "explore" / "map-pca.npz").exists()
+    assert latent_map(latents(net, data), folder, "pca").method == "pca" and not (folder / "explore" / "map-pca.npz").exists()
 
 
 def test_neighbours_of_5000_are_found_in_milliseconds(trained):
-    _, _, folder = trained
-    z = standardise(read_latents(saved_latents(folder)[15]).to_numpy())
+    net, data, _ = trained
+    z = standardise(latents(net, data).to_numpy())
     many = np.random.default_rng(0).normal(size=(5000, z.shape[1])).astype(np.float32)
     many[:len(z)] = z
     times = []
