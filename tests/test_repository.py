@@ -35,7 +35,7 @@ NOT_IMPORTED = {
     "ruff": "test_style",
     "setuptools": "test_wheel builds without isolation",
 }
-WITH_THE_KERNEL = {"ipython", "matplotlib-inline"}  # every Jupyter kernel brings them
+WITH_THE_KERNEL = {"ipython", "matplotlib-inline", "traitlets"}  # every Jupyter kernel brings them
 LAZY = ("umap", "numba", "captum", "ipywidgets", "anywidget")  # load when used, not when the package is imported
 
 
