@@ -167,7 +167,6 @@ class Notebook:
 
     def screenshot(self, path: Path, part: Locator | None = None) -> Path:
         "A PNG of the window, or of a part of the page."
-        path.parent.mkdir(parents=True, exist_ok=True)
         (part or self.page).screenshot(path=path)
         return path
 
@@ -179,11 +178,14 @@ class Notebook:
 
 
 class Lab:
-    "JupyterLab and a browser, with folders of their own; `with Lab(folder) as lab: lab.open(notebook)`. Nothing is left running afterwards."
+    """JupyterLab and a browser, with folders of their own; `with Lab(folder) as lab: lab.open(notebook)`. Nothing is left running afterwards.
+    Screenshots go to the folder that THYROID_RLAR_SCREENSHOTS names, to look at them."""
 
     def __init__(self, folder: Path, theme: str = "light"):
         self.folder, self.theme, self.token = Path(folder), theme, secrets.token_hex(16)
         self.chromium = browser_or_skip()
+        self.screenshots = Path(os.environ.get("THYROID_RLAR_SCREENSHOTS") or self.folder / "screenshots")
+        self.screenshots.mkdir(parents=True, exist_ok=True)
         self.server = self.browser = self._playwright = None
 
     def __enter__(self) -> Self:

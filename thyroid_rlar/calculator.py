@@ -108,7 +108,7 @@ def least_descriptions(target: str) -> pd.DataFrame:
 def calculation_of(row: Mapping, size_mm: float | None = None) -> Calculation:
     "What a manifest's row says in ACR terms; empty but for the size where it does not. The size is `size_mm`, else the row's `size_cm`."
     text = {name: row.get(name) for name in POINTS}
-    try: size = size_mm or 10 * float(row.get("size_cm"))
+    try: size = round(size_mm or 10 * float(row.get("size_cm")), 2)
     except (TypeError, ValueError): size = math.nan
     known = {"size_mm": size if 0 < size < math.inf else None}
     if not all(isinstance(value, str) for value in text.values()): return Calculation(**known)
