@@ -62,6 +62,7 @@ function render({ model, el }) {
 export default { render };
 """
 
+# %% ../nbs/80_explorers.ipynb #75c06eed
 class Page(anywidget.AnyWidget):
     "Reports arrow keys pressed within the explorer around it, and JupyterLab's theme."
     _esm = _PAGE
@@ -198,12 +199,12 @@ def view(self: Explorer) -> widgets.Widget:
         self._view.add_class("rlar-explorer")
     return self._view
 
+# %% ../nbs/80_explorers.ipynb #9496fa5d
 @patch
 def dress(self: Explorer, dark: bool) -> None:
     "Put the figures in the light or the dark look."
     for fig in self._figures: fig.layout.template = DARK if dark else TEMPLATE
 
-# %% ../nbs/80_explorers.ipynb #9496fa5d
 @patch
 def _ipython_display_(self: Explorer) -> None:
     key = (type(self), self.run.folder or self.run.name)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -56,38 +57,46 @@ class OpenRun:
     @property
     def rows(self) -> list[int]: return self.table.index.tolist()
 
-    def image(self, row: int) -> np.ndarray:
-        "The image as the network sees it: (h,w) uint8."
-        return np.array(self.data.prepared.arrays[row, 0])
+# %% ../nbs/78_opened.ipynb #db2f66f6
+@patch
+def image(self: OpenRun, row: int) -> np.ndarray:
+    "The image as the network sees it: (h,w) uint8."
+    return np.array(self.data.prepared.arrays[row, 0])
 
-    def contour(self, row: int) -> np.ndarray | None:
-        "The reader's mask, (h,w) bool; None where nobody drew one."
-        return np.array(self.data.prepared.arrays[row, 1]) > 0 if self.data.prepared.has_mask[row] else None
+@patch
+def contour(self: OpenRun, row: int) -> np.ndarray | None:
+    "The reader's mask, (h,w) bool; None where nobody drew one."
+    return np.array(self.data.prepared.arrays[row, 1]) > 0 if self.data.prepared.has_mask[row] else None
 
-    def batch(self, row: int) -> dict[str, Tensor]:
-        "A batch of one image, on the network's device."
-        device = next(self.net.parameters()).device
-        return {k: v[None].to(device) for k, v in self.data[row].items()}
+@patch
+def batch(self: OpenRun, row: int) -> dict[str, Tensor]:
+    "A batch of one image, on the network's device."
+    device = next(self.net.parameters()).device
+    return {k: v[None].to(device) for k, v in self.data[row].items()}
 
-    @torch.no_grad()
-    def _output(self, row: int) -> Output:
-        batch = self.batch(row)
-        return self.net(batch["image"], batch["valid"])
+@patch
+@torch.no_grad()
+def _output(self: OpenRun, row: int) -> Output:
+    batch = self.batch(row)
+    return self.net(batch["image"], batch["valid"])
 
-    def predicted(self, row: int) -> np.ndarray:
-        "Mask probability (h,w) float32, 0 outside the sector."
-        batch = self.batch(row)
-        return (self.output(row).mask_logits.sigmoid() * batch["valid"])[0, 0].float().cpu().numpy()
+@patch
+def predicted(self: OpenRun, row: int) -> np.ndarray:
+    "Mask probability (h,w) float32, 0 outside the sector."
+    batch = self.batch(row)
+    return (self.output(row).mask_logits.sigmoid() * batch["valid"])[0, 0].float().cpu().numpy()
 
-    def epochs(self) -> list[int]:
-        "Epochs whose latents were kept."
-        return sorted(int(path.stem) for path in self.folder.glob("latents/*.npz")) if self.folder else []
+@patch
+def epochs(self: OpenRun) -> list[int]:
+    "Epochs whose latents were kept."
+    return sorted(int(path.stem) for path in self.folder.glob("latents/*.npz")) if self.folder else []
 
-    def latents_at(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        "Rows (m,) of the watched images and their pooled z (m,C) as they were at an epoch. DataError when it was not kept."
-        def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-            with np.load(path) as kept: return kept["row"], kept["z"]
-        return read_whole(self.folder / "latents" / f"{epoch:03d}.npz", read)
+@patch
+def latents_at(self: OpenRun, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    "Rows (m,) of the watched images and their pooled z (m,C) as they were at an epoch. DataError when it was not kept."
+    def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+        with np.load(path) as kept: return kept["row"], kept["z"]
+    return read_whole(self.folder / "latents" / f"{epoch:03d}.npz", read)
 
 # %% ../nbs/78_opened.ipynb #7858908e
 def image_table(net: MultitaskNet, data: NoduleData, rows: Sequence[int], rlar: RLAR, tasks: Sequence[str], evidence: Sequence[str],
