@@ -166,8 +166,12 @@ class Notebook:
         self.settle()
 
     def screenshot(self, path: Path, part: Locator | None = None) -> Path:
-        "A PNG of the window, or of a part of the page."
+        "A PNG of the window, or of a part of the page, which becomes high enough for the whole of it."
+        tall = part.bounding_box()["height"] + 300 if part else 0
+        if tall > SIZE["height"]: self.page.set_viewport_size(SIZE | {"height": int(tall)})
+        if part: part.scroll_into_view_if_needed()
         (part or self.page).screenshot(path=path)
+        if tall > SIZE["height"]: self.page.set_viewport_size(SIZE)
         return path
 
     def close(self) -> None:

@@ -133,8 +133,9 @@ def some_report() -> NoduleReport:
     evidence = evidence.assign(n=99, **columns, **{f"{way}_percentile": rng.uniform(0, 100, items) for way in WAYS})
     angle = pd.DataFrame([(c, name, "", 0.1, 84.3, 60.0, 99) for c, (name, _) in ANGLES.items()],
                          columns=["column", "name", "unit", "value", "degrees", "percentile", "n"])
-    return NoduleReport(NASTY, {"case": NASTY, "part": "test"}, ACR, phantom.image, phantom.mask, np.roll(phantom.mask, 4, 1).astype(float), phantom.level,
-                        np.full(5, 0.2), evidence, {}, angle, Calculation("solid", "hypoechoic", size_mm=12), {NASTY: phantom.mask - 0.3})
+    predicted = np.roll(phantom.mask, 4, 1).astype(float)
+    return NoduleReport(NASTY, {"case": NASTY, "part": "test"}, ACR, phantom.image, phantom.mask, predicted, phantom.level, np.full(5, 0.2), evidence,
+                        {}, angle, Calculation("solid", "hypoechoic", size_mm=12), {NASTY: phantom.mask - 0.3})
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

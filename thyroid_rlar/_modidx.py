@@ -654,6 +654,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/thyroid_rlar', 'doc_host':
                                                                                    'thyroid_rlar/nodule_report.py'),
                                             'thyroid_rlar.nodule_report.angle_of': ( 'nodule_report.html#angle_of',
                                                                                      'thyroid_rlar/nodule_report.py'),
+                                            'thyroid_rlar.nodule_report.attributed': ( 'nodule_report.html#attributed',
+                                                                                       'thyroid_rlar/nodule_report.py'),
                                             'thyroid_rlar.nodule_report.evidence_of': ( 'nodule_report.html#evidence_of',
                                                                                         'thyroid_rlar/nodule_report.py'),
                                             'thyroid_rlar.nodule_report.nodule_report': ( 'nodule_report.html#nodule_report',

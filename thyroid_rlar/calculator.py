@@ -133,7 +133,7 @@ def calculation_html(c: Calculation) -> str:
     terms = [", ".join(sorted(c.descriptors.foci)) if name == "foci" else getattr(c, name) for name in POINTS]
     rows = "".join(f"<tr><th>{name}</th><td>{term}</td><td>{p}</td></tr>" for term, (name, p) in zip(terms, breakdown(c.descriptors).items()))
     note = f"<p>Note: {html.escape(c.score.note)}.</p>" if c.score.note else ""
-    return (f'<table class="acr-table"><tr><th>descriptor</th><th>term</th><th>points</th></tr>{rows}'
+    return (f'<table class="plain"><tr><th>descriptor</th><th>term</th><th>points</th></tr>{rows}'
             f"<tr><th>{c.score.level}</th><td></td><td>{c.score.points}</td></tr></table><p>{advice_text(c.score)}</p>{note}")
 
 # %% ../nbs/79_calculator.ipynb #f05f1f21

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'WAYS', 'QUANTILES', 'SHOWN', 'ANGLES', 'MARKS', 'LINES', 'NOTICE', 'POLICY', 'Ordinal', 'ordinal',
-           'percentile', 'evidence_of', 'NoduleReport', 'angle_of', 'size_mm', 'nodule_report', 'page_body', 'page']
+           'percentile', 'evidence_of', 'NoduleReport', 'angle_of', 'size_mm', 'nodule_report', 'attributed',
+           'page_body', 'page']
 
-# %% ../nbs/88_nodule_report.ipynb #b174fef2
+# %% ../nbs/88_nodule_report.ipynb #0cc3efcc
 import base64
 import io
 from collections.abc import Mapping
@@ -16,13 +17,14 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-# %% ../nbs/88_nodule_report.ipynb #2c8e914b
+# %% ../nbs/88_nodule_report.ipynb #d597a046
 import numpy as np
 import pandas as pd
 from PIL import Image
 from skimage.measure import label, regionprops
 
-# %% ../nbs/88_nodule_report.ipynb #3fd8da06
+# %% ../nbs/88_nodule_report.ipynb #4c6ebddb
+from .attribution import Method, Target, attribute, look
 from .calculator import Calculation, calculation_html, calculation_of, calculator_html
 from .evaluation import probability_columns
 from .explorers import nodule_facts
@@ -33,7 +35,7 @@ from .radiomics import EVIDENCE, NAMES, measure
 from .sector import find_sector
 from .tirads import ACR, Scale
 
-# %% ../nbs/88_nodule_report.ipynb #36bd565a
+# %% ../nbs/88_nodule_report.ipynb #10844a4f
 @dataclass(frozen=True)
 class Ordinal:
     "A distribution over grades, summed up."
@@ -52,7 +54,7 @@ def ordinal(p: np.ndarray, scale: Scale) -> Ordinal:
     at = [scale.grades[min(int((reached < q - 1e-9).sum()), len(scale) - 1)] for q in (0.1, 0.5, 0.9)]
     return Ordinal(expected, float(np.sqrt((k - expected) ** 2 @ p)), *at, float(p[scale.is_high].sum()))
 
-# %% ../nbs/88_nodule_report.ipynb #7a9b8507
+# %% ../nbs/88_nodule_report.ipynb #9fdefa96
 UNITS = {"anechoic_share": "share of area", "largest_cyst": "share of diameter", "dark_patches": "log(1 + count)", "entropy": "bits",
          "echo_ratio": "log ratio", "dark_tail": "log ratio", "tallness": "log ratio", "sphericity": "0 to 1", "solidity": "share of hull",
          "roughness": "share of radius", "edge_contrast": "sd", "edge_sharpness": "log ratio", "foci_share": "share of area",
@@ -69,7 +71,7 @@ def percentile(value: float, among: np.ndarray, same: float = 0.0) -> float:
     equal = np.abs(known - value) <= same
     return float(100 * ((known < value) & ~equal).mean() + 50 * equal.mean())
 
-# %% ../nbs/88_nodule_report.ipynb #acc00dee
+# %% ../nbs/88_nodule_report.ipynb #07569a37
 def _measured(image: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, str]:
     "Evidence (R,) within a mask at the original pixels, and why some of it is missing."
     if mask is None: return np.full(len(NAMES), np.nan), "no contour"
@@ -95,7 +97,7 @@ def evidence_of(run: OpenRun, row: int) -> tuple[pd.DataFrame, dict[str, str]]:
     for q in QUANTILES: table[f"q{q:02d}"] = [np.percentile(column, q) if len(column) else np.nan for column in columns]
     return table.assign(n=[len(column) for column in columns]), {way: why for way, (_, why) in found.items() if why}
 
-# %% ../nbs/88_nodule_report.ipynb #99c792eb
+# %% ../nbs/88_nodule_report.ipynb #2ae8f0b5
 @dataclass(eq=False, repr=False)
 class NoduleReport:
     "All that the page shows of one nodule; it shows itself in a notebook."
@@ -119,7 +121,7 @@ class NoduleReport:
         "Write the page as one HTML file that opens offline, whole or not at all."
         return write_text(path, page(self))
 
-# %% ../nbs/88_nodule_report.ipynb #0c7cfaaf
+# %% ../nbs/88_nodule_report.ipynb #72604b81
 ANGLES = {"cos_map": ("cosine, z as a map", ""), "cos_pooled": ("cosine, z pooled", ""),
           "norm_seg": ("|gradient| of the mask's loss", "loss / z, {where}"),
           "norm_risk": ("|gradient| of the grade's loss", "loss / z, {where}"), "dice": ("Dice, network's size", "")}
@@ -138,7 +140,7 @@ def size_mm(mask: np.ndarray | None, spacing_mm: float) -> float | None:
     if mask is None or not mask.any() or not spacing_mm > 0: return None
     return float(max(regionprops(label(mask)), key=lambda r: r.area).feret_diameter_max * spacing_mm)
 
-# %% ../nbs/88_nodule_report.ipynb #d962e893
+# %% ../nbs/88_nodule_report.ipynb #341f8643
 def nodule_report(run: OpenRun, row: int, attributions: Mapping[str, np.ndarray] | None = None) -> NoduleReport:
     "Gather what a run knows of an image. Raises ValueError for a row that it does not show, or a map of another size than the image's."
     if row not in run.table.index: raise ValueError(f"row: found {row!r}, expected one of the run's {len(run.table)} images")
@@ -155,7 +157,16 @@ def nodule_report(run: OpenRun, row: int, attributions: Mapping[str, np.ndarray]
     return NoduleReport(str(r.image_id), facts | {"run": run.name}, run.scale, image, run.contour(row), run.predicted(row), grade, p,
                         evidence, missing, angle_of(run, row), calculation, dict(attributions or {}))
 
-# %% ../nbs/88_nodule_report.ipynb #7c23a98e
+# %% ../nbs/88_nodule_report.ipynb #aefcca9d
+def attributed(run: OpenRun, row: int, method: Method | None = None) -> dict[str, np.ndarray]:
+    "Maps (h,w) by name, for `nodule_report`: of the mask, and of the log-odds of a grade above the predicted one, where the run was trained on them."
+    batch, method = run.batch(row), method or Method()
+    subject = look(run.net, batch["image"], batch["valid"])
+    asked = {"seg": ("the mask", Target("mask")), "risk": ("the next grade", Target("next"))}
+    name = method.name.replace("_", " ")
+    return {f"{name}, {what}": attribute(run.net, subject, target, method).map for task, (what, target) in asked.items() if task in run.tasks}
+
+# %% ../nbs/88_nodule_report.ipynb #3df9ae94
 MARKS = {"reader": (SKY, "reader's contour"), "contour": (ORANGE, "model's contour"), "model": (PURPLE, "model's prediction")}
 LINES = {"reader": (SKY, ""), "predicted": (ORANGE, "5 3")}
 
@@ -177,7 +188,7 @@ def _picture(source: str, size: tuple[int, int], contours: Mapping[str, np.ndarr
     return (f'<figure><svg viewBox="0 0 {w} {h}" role="img" aria-label="{escape(caption)}"><image href="{source}" width="{w}" height="{h}"/>{lines}'
             f"</svg><figcaption>{escape(caption)}</figcaption></figure>")
 
-# %% ../nbs/88_nodule_report.ipynb #c5c77fc0
+# %% ../nbs/88_nodule_report.ipynb #425819de
 def _overlay(image: np.ndarray, found: np.ndarray) -> str:
     "A signed map (h,w) over a grey image as a data address: orange for, blue against, full colour at the 99th percentile of its absolute values."
     full = np.percentile(np.abs(found), 99) or 1.0
@@ -206,7 +217,7 @@ def _pictures(r: NoduleReport) -> str:
               for name, found in r.attributions.items()]
     return f'<div class="pictures">{"".join(parts)}</div>'
 
-# %% ../nbs/88_nodule_report.ipynb #e5484d69
+# %% ../nbs/88_nodule_report.ipynb #6bdc2a70
 def _interval(o: Ordinal, scale: Scale, width: int, top: int) -> str:
     "Under the bars: the 80 % interval as a line, the expected index as a point."
     at = lambda k: width * (k + 0.5)
@@ -235,7 +246,7 @@ def _grades(r: NoduleReport) -> str:
     given = f"The reader graded {escape(r.grade)}." if r.grade else "No reader's grade."
     return f"{chart}<p>{words} {given} Probabilities are the model's own, on the scale {escape(r.scale.name)}.</p>"
 
-# %% ../nbs/88_nodule_report.ipynb #d591a2c1
+# %% ../nbs/88_nodule_report.ipynb #ea3bc17f
 def _mark(way: str, x: float, y: float) -> str:
     "Circle, diamond or triangle, so that the ways differ in shape as well as in colour."
     shape = {"reader": f'<circle cx="{x:.1f}" cy="{y}" r="4"', "contour": f'<path d="M{x:.1f} {y - 5}l5 5l-5 5l-5 -5z"',
@@ -260,11 +271,11 @@ def _value(x: float) -> str: return "–" if not np.isfinite(x) else "0" if abs(
 
 def _small(x: float) -> str: return "–" if not np.isfinite(x) else f"{x:.2g}".replace("-", "−")    # norms have no natural size
 
-# %% ../nbs/88_nodule_report.ipynb #5cc713f6
+# %% ../nbs/88_nodule_report.ipynb #6c8bd0e8
 def _evidence(r: NoduleReport) -> str:
     "The evidence by descriptor: strip, values and the data set's quantiles."
     marks = "".join(f'<span><svg width="14" height="14">{_mark(way, 7, 7)}</svg> {text}</span>' for way, (_, text) in MARKS.items())
-    titles = "item (unit)", "percentile of the data set", *(text for _, text in MARKS.values()), "data set: median (5 to 95 %)", "n"
+    titles = "item (unit)", "percentile of the data set", *(text for _, text in MARKS.values()), "data set: median<br>(5 to 95 %)", "n"
     head = "".join(f"<th>{text}</th>" for text in titles)
     rows = f"<tr><td></td><td>{_axis()}</td><td colspan=5></td></tr>"
     for descriptor, items in r.evidence.groupby("descriptor", sort=False):
@@ -275,11 +286,11 @@ def _evidence(r: NoduleReport) -> str:
             rows += (f'<tr><td title="{escape(e["meaning"])}">{e["item"]} <small>({e["unit"]})</small></td>'
                      f'<td>{_strip({way: e[f"{way}_percentile"] for way in WAYS})}</td>{values}<td>{spread}</td><td>{e["n"]}</td></tr>')
     why = "".join(f"<li>{MARKS[way][1]}: {escape(text)}</li>" for way, text in r.missing.items())
-    return (f'<p class="key">{marks}</p><div class="wide"><table class="evidence"><tr class="head">{head}</tr>{rows}</table></div>'
+    return (f'<p class="key">{marks}</p><div class="wide"><table class="plain evidence"><tr class="head">{head}</tr>{rows}</table></div>'
             f"{why and f'<ul>{why}</ul>'}<p>Bands: 5 to 95 % and 25 to 75 % of the data set's images, measured within the readers' "
             "contours; line: median.</p>")
 
-# %% ../nbs/88_nodule_report.ipynb #801e8f3b
+# %% ../nbs/88_nodule_report.ipynb #cc3a9df4
 def _angle(r: NoduleReport) -> str:
     "Cosines, norms and Dice among the run's images."
     rows = ""
@@ -290,25 +301,25 @@ def _angle(r: NoduleReport) -> str:
         strip, value = _strip({"model": a["percentile"]}), show(a["value"]) + degrees
         rows += f"<tr><td>{a['name']}{unit}</td><td>{strip}</td><td>{value}</td><td>{a['n']}</td></tr>"
     why = "" if r.angle.value[:2].notna().all() else "<p>The angle needs both a reader's contour and a grade.</p>"
-    return (f"<table><tr class='head'><th></th><th>percentile of the run's images</th><th>this nodule</th><th>n</th></tr>"
+    return (f"<table class='plain'><tr class='head'><th></th><th>percentile of the run's images</th><th>this nodule</th><th>n</th></tr>"
             f"<tr><td></td><td>{_axis()}</td><td></td><td></td></tr>{rows}</table>{why}"
             "<p>Between the gradients of the two task losses at z, in evaluation mode. 90° (cosine 0): the tasks do not meet; "
             "less than 90°: a step that harms one harms the other; more: what harms one helps the other.</p>")
 
-# %% ../nbs/88_nodule_report.ipynb #4216cf1c
+# %% ../nbs/88_nodule_report.ipynb #73126c13
 NOTICE = "Research only, no medical device: contours, grades and evidence of the model are predictions, and nothing here may guide care."
 
 @cache
 def _style() -> str: return files("thyroid_rlar").joinpath("nodule_report.css").read_text(encoding="utf-8")
 
-# %% ../nbs/88_nodule_report.ipynb #5bb43838
+# %% ../nbs/88_nodule_report.ipynb #4e198bd7
 def page_body(r: NoduleReport, alone: bool = True) -> str:
     "The report as a piece of HTML; `alone` on a page of its own, where the calculator works, or within another."
     facts = "".join(f"<tr><td>{escape(name)}</td><td>{escape(text)}</td></tr>" for name, text in r.facts.items())
     acr = calculator_html(r.calculation) if alone else calculation_html(r.calculation)
     scale = "" if r.scale.name == ACR.name else f" The grades of scale {escape(r.scale.name)} are never turned into ACR levels."
     flattered = "<p>The run was trained on this image, which flatters what it says here.</p>" if r.facts["part"] == "trained on" else ""
-    sections = (("Contours", _pictures(r)), ("What is known", f"{flattered}<table>{facts}</table>"), ("Grade", _grades(r)),
+    sections = (("Contours", _pictures(r)), ("What is known", f"{flattered}<table class='plain'>{facts}</table>"), ("Grade", _grades(r)),
                 ("Evidence", _evidence(r)), ("The two tasks", _angle(r)),
                 ("ACR calculator", f"<p>From descriptors that a reader gives, not from the model.{scale}</p>{acr}"))
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
