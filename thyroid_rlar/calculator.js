@@ -100,7 +100,7 @@ function result(rule, d, change) {
 
 const STYLE = `
 .acr { display: grid; grid-template-columns: minmax(17rem, 22rem) minmax(18rem, 1fr); gap: .6rem 2rem; max-width: 56rem; font: 14px/1.5 system-ui, sans-serif; }
-.acr label { display: flex; gap: .6rem; align-items: center; margin: .3rem 0; } .acr label > span { flex: 0 0 9.5rem; }
+.acr label { display: flex; gap: .6rem; align-items: center; margin: .3rem 0; } .acr label > span { flex: 0 0 10.5rem; }
 .acr select, .acr input[type=number] { flex: 1; min-width: 0; font: inherit; color: inherit; padding: .2rem .3rem; border-radius: 4px;
   border: 1px solid color-mix(in srgb, currentColor 45%, transparent); background: color-mix(in srgb, currentColor 6%, transparent); }
 .acr option { color: CanvasText; background: Canvas; }
