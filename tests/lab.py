@@ -85,7 +85,7 @@ class Notebook:
         kernels = [session["kernel"] for session in self.lab.ask("sessions") if session["path"] == self.name]
         return any(kernel["execution_state"] == "idle" and kernel["connections"] for kernel in kernels)
 
-    def run_all(self, seconds: float = 120) -> Self:
+    def run_all(self, seconds: float = 240) -> Self:
         "Run all cells and wait for the last; a cell that raises ends it, as in JupyterLab."
         self.page.get_by_text("Run", exact=True).first.click()
         self.page.locator('[data-command="runmenu:run-all"]').first.click()
