@@ -129,6 +129,9 @@ class Notebook:
         "The page's n-th plotly figure, drawn."
         figure = self.page.locator(".jp-NotebookPanel .js-plotly-plot").nth(number)
         figure.locator(".main-svg").first.wait_for(timeout=60_000)
+        drawn = "plot => plot.calcdata?.length === plot._fullData?.length && !plot._fullLayout._replotting"
+        until(lambda: figure.evaluate(drawn), "the figure is drawn", self.page)
+        self.settle()                           # plotly's widget listens to clicks once it has drawn
         return figure
 
     def data(self, plot: Locator, trace: int = 0, field: str = "y") -> list:
