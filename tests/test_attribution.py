@@ -45,7 +45,7 @@ def test_the_rule_has_been_learnt(learnt):
     assert 2 * (found & mask).sum() / (found.sum() + mask.sum()) > 0.8
 
 
-@pytest.mark.parametrize("method", [Method(), Method("occlusion", window=5, stride=2, batch=32),
+@pytest.mark.parametrize("method", [Method(), Method("occlusion", window=8, stride=4, batch=32),
                                     Method("noise_tunnel", over="integrated_gradients", samples=4, steps=12)], ids=lambda m: m.name)
 def test_the_planted_signal_gets_the_attribution(learnt, method):
     "Of nodules that have both, rim and foci: at least three times the rest's attribution per pixel, and three times the share with random weights."
