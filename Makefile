@@ -46,8 +46,9 @@ test: env  ## install what is missing, then run every notebook's tests and pytes
 	echo "== notebooks: $$notebooks; tests: $$tests"; \
 	[ $$notebooks = passed ] && [ $$tests = passed ]
 
-lab: env  ## open JupyterLab on the explorer notebook
-	$(BIN)/jupyter lab $(firstword $(wildcard nbs/explore.ipynb) nbs) --LabApp.news_url=None
+lab: env  ## open JupyterLab on the explorers, with the phantom run, which is trained first if there is none
+	@[ -f $(RUN_DIR)/metrics.json ] || $(MAKE) --no-print-directory run
+	$(BIN)/jupyter lab nbs/explore.ipynb --LabApp.news_url=None
 
 bench: env  ## measure the speed and memory of each method
 	$(call need,nbs/runs/benchmark.ipynb)

@@ -166,9 +166,12 @@ class Notebook:
         self.settle()
 
     def screenshot(self, path: Path, part: Locator | None = None) -> Path:
-        "A PNG of the window, or of a part of the page."
-        path.parent.mkdir(parents=True, exist_ok=True)
+        "A PNG of the window, or of a part of the page, which becomes high enough for the whole of it."
+        tall = part.bounding_box()["height"] + 300 if part else 0
+        if tall > SIZE["height"]: self.page.set_viewport_size(SIZE | {"height": int(tall)})
+        if part: part.scroll_into_view_if_needed()
         (part or self.page).screenshot(path=path)
+        if tall > SIZE["height"]: self.page.set_viewport_size(SIZE)
         return path
 
     def close(self) -> None:
@@ -179,11 +182,14 @@ class Notebook:
 
 
 class Lab:
-    "JupyterLab and a browser, with folders of their own; `with Lab(folder) as lab: lab.open(notebook)`. Nothing is left running afterwards."
+    """JupyterLab and a browser, with folders of their own; `with Lab(folder) as lab: lab.open(notebook)`. Nothing is left running afterwards.
+    Screenshots go to the folder that THYROID_RLAR_SCREENSHOTS names, to look at them."""
 
     def __init__(self, folder: Path, theme: str = "light"):
         self.folder, self.theme, self.token = Path(folder), theme, secrets.token_hex(16)
         self.chromium = browser_or_skip()
+        self.screenshots = Path(os.environ.get("THYROID_RLAR_SCREENSHOTS") or self.folder / "screenshots")
+        self.screenshots.mkdir(parents=True, exist_ok=True)
         self.server = self.browser = self._playwright = None
 
     def __enter__(self) -> Self:

@@ -6,11 +6,16 @@ from itertools import product
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 from lab import ROOT, Lab, browser_or_skip, until
 from nbformat.v4 import new_code_cell, new_notebook
 
 from thyroid_rlar.calculator import Calculation, advice_text, calculator_html, rule, ways
+from thyroid_rlar.nodule_report import ANGLES, QUANTILES, UNITS, WAYS, NoduleReport
+from thyroid_rlar.phantom import make_phantom
+from thyroid_rlar.radiomics import EVIDENCE
 from thyroid_rlar.tirads import ACR, POINTS, Descriptors, Score, advice, score
 
 CALCULATOR = (ROOT / "thyroid_rlar" / "calculator.js").read_text(encoding="utf-8")
@@ -66,7 +71,7 @@ def lab(tmp_path_factory):
     with Lab(tmp_path_factory.mktemp("lab")) as lab: yield lab
 
 
-def test_what_a_reader_does_is_seen(lab, tmp_path):
+def test_what_a_reader_does_is_seen(lab):
     opened = lab.open(notebook(IMPORTS, SLIDER, ANYWIDGET)).run_all()
     page, plot = opened.page, opened.plot()
     said = page.locator(".widget-label", has_text="nothing yet")
@@ -87,14 +92,14 @@ def test_what_a_reader_does_is_seen(lab, tmp_path):
     shows("picked [0, 1]")
     page.locator("button.count").click()
     shows("counted 1")
-    assert opened.screenshot(tmp_path / "whole.png").stat().st_size > 10_000 and opened.screenshot(tmp_path / "plot.png", plot).exists()
+    assert opened.screenshot(lab.screenshots / "harness.png").stat().st_size > 10_000
     assert not opened.errors and not opened.console
     opened.close()
     assert not lab.ask("sessions")
 
 
-FOCI = [[], ["macro"], ["rim", "punctate"], ["macro", "rim", "punctate"], ["comet-tail"]]
-DESCRIPTIONS = [dict(zip(POINTS, terms)) for terms in product(*list(POINTS.values())[:4], FOCI)]
+SOME_FOCI = [], ["macro"], ["rim", "punctate"], ["macro", "rim", "punctate"], ["comet-tail"]
+DESCRIPTIONS = [dict(zip(POINTS, terms)) for terms in product(*list(POINTS.values())[:4], SOME_FOCI)]
 
 
 def test_the_calculators_script_follows_the_rule(lab):
@@ -117,30 +122,74 @@ def test_the_calculators_script_follows_the_rule(lab):
     page.close()
 
 
+NASTY = "<script>document.title = 'run'</script>"
+
+
+def some_report() -> NoduleReport:
+    "A report of a phantom with numbers out of the air, whose case has a hostile name."
+    phantom, rng, items = make_phantom(0, size=(96, 128)), np.random.default_rng(0), len(EVIDENCE)
+    columns = {name: rng.normal(size=items) for name in (*WAYS, *(f"q{q:02d}" for q in QUANTILES))}
+    evidence = pd.DataFrame([(e.name, e.descriptor, e.meaning, UNITS[e.name]) for e in EVIDENCE], columns=["item", "descriptor", "meaning", "unit"])
+    evidence = evidence.assign(n=99, **columns, **{f"{way}_percentile": rng.uniform(0, 100, items) for way in WAYS})
+    angle = pd.DataFrame([(c, name, "", 0.1, 84.3, 60.0, 99) for c, (name, _) in ANGLES.items()],
+                         columns=["column", "name", "unit", "value", "degrees", "percentile", "n"])
+    predicted = np.roll(phantom.mask, 4, 1).astype(float)
+    return NoduleReport(NASTY, {"case": NASTY, "part": "test"}, ACR, phantom.image, phantom.mask, predicted, phantom.level, np.full(5, 0.2), evidence,
+                        {}, angle, Calculation("solid", "hypoechoic", size_mm=12), {NASTY: phantom.mask - 0.3})
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_report_is_a_page_that_needs_nothing(lab, theme, tmp_path):
+    page, asked, said = lab.browser.new_page(color_scheme=theme), [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(some_report().save(tmp_path / "report.html").as_uri())
+    assert page.title() == f"Nodule {NASTY}" and page.locator("h1").inner_text() == f"Nodule {NASTY}"
+    assert "no medical device" in page.locator(".notice").inner_text()
+    page.locator("select[name=margin]").select_option("irregular")
+    page.locator("button[name=TR5]").click()
+    assert page.locator(".level").inner_text() == "TR4" and "composition" not in page.locator(".ways").inner_text()
+    assert "add macro" in page.locator(".ways").inner_text()                            # 6 points, 1 is missing
+    dark = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every(c => c < 60)"
+    assert page.evaluate(dark) == (theme == "dark")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")          # nothing sticks out
+    assert not said and all(url.startswith(("file:", "data:")) for url in asked)
+    page.screenshot(path=lab.screenshots / f"report-{theme}.png", full_page=True)
+    page.close()
+
+
+REPORT = """
+import sys
+sys.path.insert(0, TESTS)
+from test_lab import some_report
+""".replace("TESTS", repr(str(Path(__file__).parent)))
 CALCULATE = """
-calculator = Calculator(Calculation("solid", "hypoechoic", size_mm=12))
+calculator = Calculator(report.calculation)
 said = widgets.Label("nothing yet")
 calculator.on_change(lambda c: setattr(said, "value", f"Python: {c.score.level}, {c.score.advice}"))
 widgets.VBox([calculator.widget, said])
 """
 
 
-def test_calculator_in_jupyterlab(lab):
-    opened = lab.open(notebook("import ipywidgets as widgets\nfrom thyroid_rlar.calculator import Calculation, Calculator", CALCULATE,
-                               "calculator.calculation = Calculation('cystic', 'anechoic')")).run_all()
+def test_report_and_calculator_in_jupyterlab(lab):
+    opened = lab.open(notebook("import ipywidgets as widgets\nfrom thyroid_rlar.calculator import Calculation, Calculator" + REPORT,
+                               "report = some_report()\nreport", CALCULATE, "calculator.calculation = Calculation('cystic', 'anechoic')")).run_all()
     page, box = opened.page, opened.page.locator(".acr")
+    assert page.locator(".nodule-report h1").inner_text() == f"Nodule {NASTY}" and page.title() != "run"
     assert box.locator(".level").inner_text() == "TR1"                              # set by Python
     box.locator("select[name=composition]").select_option("solid")
     box.locator("select[name=echogenicity]").select_option("hypoechoic")
     box.locator("input[name=punctate]").check()
     box.locator("input[name=size_mm]").fill("9")
-    box.locator("input[name=size_mm]").press("Enter")
     assert box.locator(".level").inner_text() == "TR5" and "At 9 mm: follow-up" in box.locator(".advice").inner_text()
     until(lambda: page.get_by_text("Python: TR5, follow-up", exact=True).count(), "Python hears of it", page)
     box.locator("button[name=TR4]").click()
     assert "no punctate" in box.locator(".ways").inner_text()
-    box.locator("button[name=TR4]").press("Space")                                   # and closed again, the keyboard where it was
+    opened.screenshot(lab.screenshots / "calculator.png", box)
+    box.locator("button[name=TR4]").press("Space")                                  # and closed again, the keyboard where it was
     assert not box.locator(".ways").count() and page.evaluate("document.activeElement.name") == "TR4"
+    opened.screenshot(lab.screenshots / "report-jupyterlab.png", page.locator(".nodule-report"))
     assert not opened.errors and not opened.console
     opened.close()
 

@@ -14,15 +14,16 @@ from torch import Tensor
 from thyroid_rlar.loader import MISSING_GRADE
 from thyroid_rlar.methods import METHODS, Options, make_objective
 from thyroid_rlar.network import MultitaskNet, NetworkSettings
-from thyroid_rlar.objectives import Objective, StepContext
+from thyroid_rlar.objectives import Objective, StepContext, check_processes
 from thyroid_rlar.rlar import RLAR
 
 
 def example(n: int = 8, network: str = "shared_map") -> tuple[MultitaskNet, dict[str, Tensor]]:
     "A small network with its encoder's norm frozen, and a batch with every kind of gap, unevenly spread over its halves."
     torch.manual_seed(0)
-    settings = NetworkSettings(grades=6, evidence=5, network=network, encoder="test_efficientnet", width=16, embedding=16, dropout=0.0, rotate=True)
-    net = MultitaskNet(settings, pretrained="none").to(DEVICE, DTYPE).eval()
+    settings = NetworkSettings(grades=6, evidence=5, network=network, encoder="test_efficientnet", width=16, embedding=16, dropout=0.0, rotate=True,
+                               freeze_norm=True)
+    net = MultitaskNet(settings, pretrained="none").to(DEVICE, DTYPE).train()
     image, evidence, grade = torch.rand(n, 1, 32, 64).to(DTYPE), torch.randn(n, 5).to(DTYPE), torch.randint(0, 6, (n,))
     has_mask = torch.ones(n, dtype=torch.bool)
     has_mask[1], grade[[0, 2, 3]], evidence[3] = False, MISSING_GRADE, torch.nan
@@ -150,4 +151,5 @@ def test_two_processes_give_the_gradients_of_one_with_the_joined_batch(tmp_path,
 @pytest.mark.parametrize("objective", [*(make_objective(name, options()) for name in sorted(ALONE)),
                                        make_objective("rlar", Options(RLAR(mode="half"))), make_objective("rlar", Options(RLAR(magnitude=True)))],
                          ids=lambda o: o.name)
-def test_what_several_processes_cannot_do_says_so(objective): assert not objective.processes
+def test_what_several_processes_cannot_do_is_refused(objective):
+    with pytest.raises(ValueError, match=f"objective {objective.name}: found 2 processes"): check_processes(objective, example()[0], 2)

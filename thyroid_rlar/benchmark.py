@@ -198,6 +198,7 @@ def task_steps(bench: Bench, tasks: int) -> dict[str, Callable[[], None]]:
         means = torch.stack([loss.mean() for loss in found.values()])
         if method == "pcgrad":
             shared = net.upstream()
+            means.sum().backward(inputs=[p for part in (net.mask, net.risk, heads) for p in part.parameters()], retain_graph=True)
             autojac.backward(means, inputs=shared, parallel_chunk_size=1)
             autojac.jac_to_grad(shared, rule)
         else: (means.sum() + (rlar.weight * align_pairs(rlar, found, z).penalty if method == "rlar_exact" else 0.0)).backward()

@@ -52,21 +52,28 @@ function make(tag, attributes = {}, ...children) {
 
 const WORDS = { macro: "macrocalcifications", rim: "rim calcification", punctate: "punctate echogenic foci", "comet-tail": "large comet tails" };
 
-function form(rule, d, change) {
+// Controls that stay in the page while the state changes, and how they follow it: an answer from the kernel must not take the words out of the user's hand.
+function form(rule, change) {
+  const follow = [];
   const select = name => {
-    const blank = d[name] ? [] : [make("option", { value: "", textContent: "choose …" })];
-    const terms = Object.entries(rule.points[name]).map(([term, p]) => make("option", { value: term, textContent: `${term} (${p})`, selected: term === d[name] }));
-    return make("select", { name, onchange: event => change({ [name]: event.target.value }) }, ...blank, ...terms);
+    const terms = Object.entries(rule.points[name]).map(([term, p]) => make("option", { value: term, textContent: `${term} (${p})` }));
+    const control = make("select", { name, onchange: () => change({ [name]: control.value }) },
+      make("option", { value: "", textContent: "choose …", disabled: true, hidden: true }), ...terms);
+    follow.push(d => { control.value = d[name] ?? ""; });
+    return control;
   };
-  const tick = kind => make("label", { className: "tick" }, make("input", { type: "checkbox", name: kind, checked: d.foci.includes(kind),
-    onchange: event => change({ foci: event.target.checked ? [...d.foci, kind] : d.foci.filter(other => other !== kind) }) }),
-    ` ${WORDS[kind]} (${rule.points.foci[kind]})`);
-  const size = make("input", { type: "number", name: "size_mm", min: "0.1", step: "0.1", placeholder: "not known", value: d.size_mm ?? "",
-    onchange: event => { const mm = Number(event.target.value); change({ size_mm: mm > 0 ? mm : null }); } });
-  return make("div", { className: "form" },
-    ...rule.single.map(name => make("label", {}, make("span", { textContent: name }), select(name))),
+  const tick = kind => {
+    const control = make("input", { type: "checkbox", name: kind, onchange: () => change({ [kind]: control.checked }) });
+    follow.push(d => { control.checked = d.foci.includes(kind); });
+    return make("label", { className: "tick" }, control, ` ${WORDS[kind]} (${rule.points.foci[kind]})`);
+  };
+  const size = make("input", { type: "number", name: "size_mm", min: "0.1", step: "0.1", placeholder: "not known",
+    oninput: () => { const mm = Number(size.value); change({ size_mm: mm > 0 ? mm : null }); } });
+  follow.push(d => { if (size !== document.activeElement) size.value = d.size_mm ?? ""; });
+  const box = make("div", { className: "form" }, ...rule.single.map(name => make("label", {}, make("span", { textContent: name }), select(name))),
     make("fieldset", {}, make("legend", { textContent: "echogenic foci, all that apply" }), ...Object.keys(WORDS).map(tick)),
     make("label", {}, make("span", { textContent: "largest diameter (mm)" }), size));
+  return [box, d => follow.forEach(one => one(d))];
 }
 
 function result(rule, d, change) {
@@ -93,7 +100,7 @@ function result(rule, d, change) {
 
 const STYLE = `
 .acr { display: grid; grid-template-columns: minmax(17rem, 22rem) minmax(18rem, 1fr); gap: .6rem 2rem; max-width: 56rem; font: 14px/1.5 system-ui, sans-serif; }
-.acr label { display: flex; gap: .6rem; align-items: center; margin: .3rem 0; } .acr label > span { flex: 0 0 9.5rem; }
+.acr label { display: flex; gap: .6rem; align-items: center; margin: .3rem 0; } .acr label > span { flex: 0 0 10.5rem; }
 .acr select, .acr input[type=number] { flex: 1; min-width: 0; font: inherit; color: inherit; padding: .2rem .3rem; border-radius: 4px;
   border: 1px solid color-mix(in srgb, currentColor 45%, transparent); background: color-mix(in srgb, currentColor 6%, transparent); }
 .acr option { color: CanvasText; background: Canvas; }
@@ -110,16 +117,25 @@ const STYLE = `
 `;
 
 function render({ model, el }) {
-  const rule = model.get("rule"), box = make("div", { className: "acr" });
-  const change = some => { model.set("chosen", { ...model.get("chosen"), ...some }); model.save_changes(); };
+  const rule = model.get("rule"), answer = make("div", { className: "answer" });
+  const change = some => {
+    const d = { ...model.get("chosen") };
+    for (const [name, value] of Object.entries(some))
+      if (name in WORDS) d.foci = value ? [...d.foci, name] : d.foci.filter(kind => kind !== name);
+      else d[name] = value;
+    model.set("chosen", d);
+    model.save_changes();
+  };
+  const [controls, follow] = form(rule, change);
   const draw = () => {
-    const active = box.contains(document.activeElement) ? document.activeElement.name : null;   // the keyboard stays where it was
-    box.replaceChildren(form(rule, model.get("chosen"), change), result(rule, model.get("chosen"), change));
-    if (active) box.querySelector(`[name="${active}"]`)?.focus();
+    const button = answer.contains(document.activeElement) ? document.activeElement.name : null;     // the keyboard stays where it was
+    follow(model.get("chosen"));
+    answer.replaceChildren(result(rule, model.get("chosen"), change));
+    if (button) answer.querySelector(`[name="${button}"]`)?.focus();
   };
   model.on("change:chosen", draw);
   draw();
-  el.append(make("style", { textContent: STYLE }), box);
+  el.append(make("style", { textContent: STYLE }), make("div", { className: "acr" }, controls, answer));
   return () => model.off("change:chosen", draw);
 }
 

@@ -108,7 +108,7 @@ def least_descriptions(target: str) -> pd.DataFrame:
 def calculation_of(row: Mapping, size_mm: float | None = None) -> Calculation:
     "What a manifest's row says in ACR terms; empty but for the size where it does not. The size is `size_mm`, else the row's `size_cm`."
     text = {name: row.get(name) for name in POINTS}
-    try: size = size_mm or 10 * float(row.get("size_cm"))
+    try: size = round(size_mm or 10 * float(row.get("size_cm")), 2)
     except (TypeError, ValueError): size = math.nan
     known = {"size_mm": size if 0 < size < math.inf else None}
     if not all(isinstance(value, str) for value in text.values()): return Calculation(**known)
@@ -133,7 +133,7 @@ def calculation_html(c: Calculation) -> str:
     terms = [", ".join(sorted(c.descriptors.foci)) if name == "foci" else getattr(c, name) for name in POINTS]
     rows = "".join(f"<tr><th>{name}</th><td>{term}</td><td>{p}</td></tr>" for term, (name, p) in zip(terms, breakdown(c.descriptors).items()))
     note = f"<p>Note: {html.escape(c.score.note)}.</p>" if c.score.note else ""
-    return (f'<table class="acr-table"><tr><th>descriptor</th><th>term</th><th>points</th></tr>{rows}'
+    return (f'<table class="plain"><tr><th>descriptor</th><th>term</th><th>points</th></tr>{rows}'
             f"<tr><th>{c.score.level}</th><td></td><td>{c.score.points}</td></tr></table><p>{advice_text(c.score)}</p>{note}")
 
 # %% ../nbs/79_calculator.ipynb #f05f1f21

@@ -16,6 +16,7 @@ from typing import ClassVar
 import anywidget
 import ipywidgets as widgets
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import traitlets
 from fastcore.basics import patch
@@ -106,7 +107,7 @@ def redraw(fig: go.Figure, image: np.ndarray | None, contours: Mapping[str, np.n
 def nodule_facts(run: OpenRun, row: int) -> dict[str, str]:
     "What the table knows of a nodule, in words and with units; what is missing is left out."
     r = run.table.loc[row]
-    has = lambda column: column in r and r[column] == r[column] and r[column] is not None
+    has = lambda column: column in r and pd.notna(r[column])
     part = {"train": "trained on", "val": "validation"}.get(r.split, r.split)
     facts = {"image": str(r.image_id), "case": str(r.case_id), "part": part}
     if has("grade"): facts["grade, reader"] = str(r.grade)

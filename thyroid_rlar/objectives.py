@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'PAIRS', 'RAMPS', 'PARTNERS', 'TaskLosses', 'segmentation_loss', 'evidence_loss', 'task_losses',
-           'StepContext', 'StepReport', 'Objective', 'ramp', 'Lambda', 'RLARObjective']
+           'StepContext', 'StepReport', 'Objective', 'ramp', 'Lambda', 'RLARObjective', 'check_processes']
 
 # %% ../nbs/45_objectives.ipynb #003
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ class Objective:
     processes = True           # several processes give the gradients of one with the joined batch
     progress = 0.0             # share of the training that is done
     weight: "Lambda | None" = None     # of the term beside the sum, where there is one
+    partner: str | None = None         # what that term compares the risk direction with (see `RLARObjective`), or `decay`
 
     def __init__(self, weights: dict[str, float] | None = None):
         self.weights = {"seg": 1.0, "risk": 1.0, "evidence": 1.0} | (weights or {})
@@ -224,6 +226,7 @@ def _align(objective: "RLARObjective", at_z: dict[str, Tensor], part: _Heads, co
 def _over_pairs(objective: "RLARObjective", at_z: dict[str, Tensor], losses: TaskLosses, counts: dict) -> Alignment:
     "The penalty's weighted mean over pairs of tasks; cosine and norms are those of mask and grade."
     pairs = {pair: weight for pair, weight in objective.pairs.items() if weight and set(pair) <= at_z.keys()}
+    if not pairs: raise ValueError(f"pairs: found {objective.pairs}, expected one of tasks that this network has: {', '.join(at_z)}")
     found = {pair: objective.rlar.compare(at_z[pair[0]], at_z[pair[1]], _has(losses, *pair), counts[pair]) for pair in {PAIRS[0]: 1.0} | pairs}
     if list(pairs) == [PAIRS[0]]: return found[PAIRS[0]]
     return found[PAIRS[0]]._replace(penalty=sum(w * found[pair].penalty for pair, w in pairs.items()) / sum(pairs.values()))
@@ -327,3 +330,14 @@ class RLARObjective(Objective):
         "The rows whose directions are differentiated first, then the others; None: all rows."
         if self.rlar.mode != "half" or n < 2: return [None]
         return list(torch.randperm(n, generator=self.generator).to(device, non_blocking=True).tensor_split([(n + 1) // 2]))
+
+# %% ../nbs/45_objectives.ipynb #f4649d9c
+def check_processes(objective: Objective, net: MultitaskNet, processes: int) -> None:
+    "Raise ValueError for an objective that several processes would turn into another one; warn where batch norm makes a difference."
+    if processes == 1: return
+    if not objective.processes:
+        raise ValueError(f"objective {objective.name}: found {processes} processes, expected one: "
+                         "several would not give the gradients of one with the joined batch")
+    if not net.settings.freeze_norm:
+        warnings.warn("batch norm sees each process's images only, so the gradients are not those of one process with the joined batch; "
+                      "freeze_norm makes them so", stacklevel=3)

@@ -29,7 +29,7 @@ from .evaluation import write_json
 from .files import DataError, code_digest, digest, inside, read_json, read_whole, remove, resolve, write_text, write_whole
 from .folder import read_folder
 from .loader import MISSING_GRADE, NoduleData, Prepared, Split, make_split, prepare
-from .methods import METHODS, Options, make_objective
+from .methods import METHODS, STEERING, Options, make_objective
 from .network import NETWORKS, MultitaskNet, NetworkSettings, check_encoder
 from .objectives import PAIRS, RAMPS, TASKS, Objective
 from .phantom import write_phantoms
@@ -74,6 +74,7 @@ class RunSettings(MethodSettings):
     risk_weight: float = 0.3           # of the grade loss: few grades, noisier than contours
     evidence_weight: float = 1.0       # 0: no guidance
     evidence_shuffled: bool = False    # control: the training images' evidence is shuffled among them
+    freeze_norm: bool = False          # batch norm keeps the encoder's own statistics: several processes then give the gradients of one
     epochs: int = 24
     batch_size: int = 8
     learning_rate: float = 2e-3
@@ -159,6 +160,15 @@ def _check_yardstick(s: RunSettings) -> None:
              (("evidence_weight", 0), ("ordinal", False), ("objective", "sum")) if getattr(s, name) != value]
     if wrong: raise ParameterError(f"{'; '.join(wrong)}, with network smp_unet")
 
+def _check_steering(s: RunSettings) -> None:
+    "Raise ParameterError for a parameter of RLAR that the objective does not read: a sweep over it would compare equal runs."
+    for name in set(STEERING) - set(METHODS[s.objective].reads):
+        found, default = getattr(s, f"rlar_{name}"), getattr(RunSettings, f"rlar_{name}")
+        if found != default:
+            raise ParameterError(f"rlar_{name}: found {found!r}, expected {default!r}, the default: it has no effect on objective {s.objective}")
+    if s.rlar_pairs == "all" and not s.evidence_weight:
+        raise ParameterError("rlar_pairs: found 'all', expected 'seg-risk' with evidence_weight 0: there is no third task")
+
 def _check_together(s: RunSettings) -> None:
     "Raise ParameterError for values that are allowed each by itself but not together, and for an encoder that does not exist."
     if s.fold != "all" and not 0 <= s.fold < s.folds: raise ParameterError(f"fold: found {s.fold!r}, expected 0 to {s.folds - 1} or all")
@@ -167,6 +177,7 @@ def _check_together(s: RunSettings) -> None:
     if s.network != "shared_map" and s.stride != RunSettings.stride:
         raise ParameterError(f"stride: found {s.stride}, expected {RunSettings.stride}, the default: it has no effect on network {s.network}")
     if s.network == "smp_unet": _check_yardstick(s)
+    _check_steering(s)
     try: check_encoder(s.encoder, s.pretrained)
     except ValueError as error: raise ParameterError(str(error)) from error
     try: run_objective(s)
@@ -364,7 +375,7 @@ def make_trainer(s: RunSettings, run: RunData, folder: Path, callbacks: Sequence
     torch.manual_seed(s.seed)
     scale = run.manifest.scale
     net = MultitaskNet(NetworkSettings(grades=len(scale), evidence=len(EVIDENCE) if s.evidence_weight else 0, network=s.network, encoder=s.encoder,
-                                       stride=s.stride, ordinal=s.ordinal, rotate=s.objective == "rotograd"), s.pretrained)
+                                       stride=s.stride, ordinal=s.ordinal, rotate=s.objective == "rotograd", freeze_norm=s.freeze_norm), s.pretrained)
     objective = run_objective(s)
     fit = FitSettings(epochs=s.epochs, batch_size=s.batch_size, learning_rate=s.learning_rate, schedule=s.schedule, patience=s.patience,
                       balance=s.balance, seed=s.seed, device=s.device, precision=s.precision, num_workers=s.num_workers, tensorboard=s.tensorboard)

@@ -182,8 +182,8 @@ def epoch_costs(data: NoduleData, split: Split, folder: Path, changes: Mapping |
             clock.rows.clear()
             _train(data, some, folder, changes or {}, method, images, clock)
     seconds = pd.DataFrame(clock.rows, columns=["part", "seconds", "wall"]).groupby("part").seconds.sum()
-    once = seconds["instruments: strength"] * (1 - 1 / FitSettings.latent_every)      # measured in this first epoch, but not in every one
-    for part in ("instruments: strength", "whole epoch"): seconds[part] -= once
+    kept = -(-FitSettings.epochs // FitSettings.latent_every) + 1          # epochs whose strength is measured, the last one among them
+    for part in ("whole epoch", "instruments: strength"): seconds[part] -= seconds["instruments: strength"] * (1 - kept / FitSettings.epochs)
     seconds["instruments: one table a part"] -= seconds["a plain validation"]
     parts = {PASSES: seconds[PASSES], "rest of the steps: clipping, optimiser": seconds["steps"] - seconds[PASSES], "loading": seconds["loading"]}
     parts |= {"a plain validation": seconds["a plain validation"]} | {name: seconds[name] for name in WATCHED if name not in ("steps", "whole epoch")}

@@ -36,7 +36,7 @@ from .files import read_whole, write_whole
 from .instruments import measure, strength
 from .loader import EpochSampler, NoduleData, Split, eval_loader, train_loader
 from .network import MultitaskNet, save_model
-from .objectives import Objective, RLARObjective, StepContext, StepReport
+from .objectives import Objective, StepContext, StepReport, check_processes
 from .rlar import RLAR
 
 # %% ../nbs/50_training.ipynb #008
@@ -238,7 +238,7 @@ class RunLog:
 class Watch:
     "Measures fixed images of a run at epoch ends."
     def __init__(self, data: NoduleData, split: Split, rlar: RLAR, weights: dict[str, float], device: torch.device, seed: int = 0):
-        fixed = np.sort(np.random.default_rng(seed).permutation(split.train)[:min(64, max(8, len(split.train) // 24))])
+        fixed = np.sort(np.random.default_rng(seed).permutation(split.train)[:min(64, max(8, len(split.train) // 32))])
         self.parts = {name: part for name, part in (("train", fixed), ("val", split.val)) if len(part)}
         self.data, self.rlar, self.weights, self.device = data, rlar, weights, device
         self.high = data.prepared.manifest.scale.is_high
@@ -260,8 +260,8 @@ class Watch:
 
     def strength(self, net: MultitaskNet, objective: Objective) -> float:
         "Strength on up to 8 validation images with both labels; NaN where there is none, 0 without a regulariser."
-        if not isinstance(objective, RLARObjective) or not self.dual: return 0.0 if self.dual else math.nan
-        return strength(net, self.batches(self.dual), objective.rlar, self.weights, objective.partner, float(objective.weight.value))
+        if objective.weight is None or not self.dual: return 0.0 if self.dual else math.nan
+        return strength(net, self.batches(self.dual), self.rlar, self.weights, objective.partner, float(objective.weight.value))
 
 # %% ../nbs/50_training.ipynb #028
 def make_accelerator(s: FitSettings, folder: Path) -> Accelerator:
@@ -273,13 +273,6 @@ def make_accelerator(s: FitSettings, folder: Path) -> Accelerator:
                        dataloader_config=DataLoaderConfiguration(non_blocking=True),
                        log_with="tensorboard" if s.tensorboard else None, project_dir=folder)
 
-# %% ../nbs/50_training.ipynb #029
-def _check_processes(objective: Objective, accelerator: Accelerator) -> None:
-    "Raise ValueError for an objective that several processes would turn into another one."
-    if accelerator.num_processes > 1 and not objective.processes:
-        raise ValueError(f"objective {objective.name}: found {accelerator.num_processes} processes, expected one: "
-                         "several would not give the gradients of one with the joined batch")
-
 # %% ../nbs/50_training.ipynb #31000e03
 class Trainer:
     "Trains a network with an objective; writes history, measurements, checkpoint and best model to a folder."
@@ -289,7 +282,7 @@ class Trainer:
         self.folder, self.model_info, self.callbacks, self.objective = Path(folder), model_info or {}, list(callbacks), objective
         self.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator = make_accelerator(s, self.folder)
-        _check_processes(objective, self.accelerator)
+        check_processes(objective, net, self.accelerator.num_processes)
         if self.accelerator.device.type == "cuda": torch.cuda.reset_peak_memory_stats(self.accelerator.device)
         set_seed(s.seed)
         self.net = net.to(self.accelerator.device, memory_format=torch.channels_last)

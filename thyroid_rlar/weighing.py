@@ -147,9 +147,19 @@ class Famo(Weighed):
     "Weights that even out how fast the logarithms of the losses fall, learnt from each step (Liu et al. 2023)."
     def __init__(self, weights: dict[str, float] | None = None): super().__init__("famo", scalarization.FAMO, weights)
 
+    def backward(self, net: MultitaskNet, batch: dict[str, Tensor], context: StepContext | None = None) -> StepReport:
+        self.drawn = torch.get_rng_state(), torch.cuda.get_rng_state() if batch["image"].is_cuda else None
+        return super().backward(net, batch, context)
+
     @torch.no_grad()
     def after_step(self, net: MultitaskNet, batch: dict[str, Tensor], context: StepContext) -> None:
-        losses, means = _look(net, batch, context)
+        "The same images with the new weights: with the first pass's dropout, or the losses would differ by that, and without a trace in batch norm."
+        buffers, on_host, on_device = [b.clone() for b in net.buffers()], *self.drawn
+        with torch.random.fork_rng(devices=[batch["image"].device] if on_device is not None else []):
+            torch.set_rng_state(on_host)
+            if on_device is not None: torch.cuda.set_rng_state(on_device)
+            losses, means = _look(net, batch, context)
+        for buffer, before in zip(net.buffers(), buffers): buffer.copy_(before)
         self.module.update(_values(self, losses, means, self.named, context))
 
 # %% ../nbs/46_weighing.ipynb #c7501218
