@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LINES', 'Course', 'read_course', 'course_lines', 'AngleState', 'AngleExplorer', 'LiveAngles']
 
-# %% ../nbs/84_angle_explorer.ipynb #b8a7d0a2
+# %% ../nbs/84_angle_explorer.ipynb #d46cf2d0
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
-# %% ../nbs/84_angle_explorer.ipynb #d271339e
+# %% ../nbs/84_angle_explorer.ipynb #360c231f
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from IPython.display import display
 from plotly.subplots import make_subplots
 
-# %% ../nbs/84_angle_explorer.ipynb #b3f8a621
+# %% ../nbs/84_angle_explorer.ipynb #fea6aa16
 from .explorers import Explorer
 from .figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, TEMPLATE, VERMILLION, as_text, cosine_quantiles
 from .files import read_whole, resolve
@@ -31,7 +31,7 @@ from .rlar import WHERE
 from .runs import recorded_settings
 from .training import Trainer
 
-# %% ../nbs/84_angle_explorer.ipynb #5b8912eb
+# %% ../nbs/84_angle_explorer.ipynb #1f952b5c
 @dataclass(frozen=True)
 class Course:
     "A run's tables over the epochs."
@@ -50,7 +50,7 @@ def _apart(courses: Sequence[Course]) -> list[Course]:
     names = [c.name for c in courses]
     return [replace(c, name=f"{c.name} ({names[:k].count(c.name) + 1})" if names.count(c.name) > 1 else c.name) for k, c in enumerate(courses)]
 
-# %% ../nbs/84_angle_explorer.ipynb #fa756501
+# %% ../nbs/84_angle_explorer.ipynb #a363c58e
 LINES = {  # what is drawn of each run: row and column of its panel, dash
     "wide": (1, 1, None), "narrow": (1, 1, None), "median": (1, 1, "solid"), "excess": (2, 1, "solid"), "excess_shuffled": (2, 1, "dash"),
     "strength": (2, 2, "solid"), "norm_seg": (3, 1, "solid"), "norm_risk": (3, 1, "dash"), "through_z": (3, 2, "solid"),
@@ -74,7 +74,7 @@ def course_lines(course: Course, where: str, split: str) -> dict[str, tuple[np.n
         else: lines[name] = np.zeros(0), np.zeros(0)
     return lines
 
-# %% ../nbs/84_angle_explorer.ipynb #76e019a8
+# %% ../nbs/84_angle_explorer.ipynb #8b8fa86b
 @dataclass
 class AngleState:
     "What the angle explorer shows."
@@ -90,7 +90,7 @@ def _watched(run: OpenRun) -> OpenRun:
     if not kept.any(): raise ValueError(f"run {run.name}: none of its {len(run.table)} images was watched in training, so there is no course to show")
     return replace(run, table=run.table[kept], latents=run.latents[kept])
 
-# %% ../nbs/84_angle_explorer.ipynb #5c8c133f
+# %% ../nbs/84_angle_explorer.ipynb #b0b9a982
 class AngleExplorer(Explorer):
     "The angle between a run's tasks over the epochs, other runs beside it, and the latent space at each epoch."
     State = AngleState
@@ -119,7 +119,7 @@ class AngleExplorer(Explorer):
         "The chosen nodule's rows of nodules.parquet, in the order of epochs."
         return self.run.nodules[self.run.nodules.image_id == self.run.table.image_id[self.state.row]].sort_values("epoch")
 
-# %% ../nbs/84_angle_explorer.ipynb #27238a37
+# %% ../nbs/84_angle_explorer.ipynb #4dc6c33b
 @patch
 def map(self: AngleExplorer) -> LatentMap:
     "The map by the state's method as far as it is there; the PCA while a UMAP is being made."
@@ -135,10 +135,10 @@ def places(self: AngleExplorer, drawn: LatentMap) -> dict[str, tuple[np.ndarray,
     pair = lambda t: (t.x.to_numpy(float), t.y.to_numpy(float))
     return {"nodules": pair(at), "its way here": pair(own), "chosen nodule": pair(own[-1:])}
 
-# %% ../nbs/84_angle_explorer.ipynb #462eedf4
+# %% ../nbs/84_angle_explorer.ipynb #f6231b70
 _RUNS = (BLUE, ORANGE, GREEN, PURPLE, SKY, "#8C6D31")
-_TITLES = {(1, 1): "task cosine", (2, 1): "excess: E solid, E0 dashed", (2, 2): "strength", (3, 1): "gradient norm at z:<br>segmentation solid, grade dashed",
-           (3, 2): "skip ratio"}
+_TITLES = ("", "", "excess: E solid, E0 dashed", "strength (|λ grad R| / |grad of the tasks|)", "gradient norm at z: segmentation solid, grade dashed",
+           "skip ratio (share of the gradient through z)")
 
 def _fade(color: str, opacity: float) -> str: return f"rgba({', '.join(str(int(color[k:k + 2], 16)) for k in (1, 3, 5))}, {opacity})"
 
@@ -149,11 +149,11 @@ def _add_course(fig: go.Figure, name: str, lines: dict, color: str) -> None:
         if dash is None: fig.add_scatter(**style, fill="toself", fillcolor=_fade(color, 0.14), mode="lines", line_width=0, hoverinfo="skip")
         else: fig.add_scatter(**style, mode="lines+markers", marker_size=4, line=dict(color=color, dash=dash), hovertemplate="epoch %{x}: %{y:.3g}")
 
-# %% ../nbs/84_angle_explorer.ipynb #ad1def95
+# %% ../nbs/84_angle_explorer.ipynb #0c131bce
 @patch
 def static(self: AngleExplorer) -> go.Figure:
     "The state as one figure; the live one is made from it."
-    s, fig = self.state, make_subplots(3, 2, horizontal_spacing=0.12, vertical_spacing=0.09)
+    s, fig = self.state, make_subplots(3, 2, horizontal_spacing=0.1, vertical_spacing=0.12, subplot_titles=[t or " " for t in _TITLES])
     for course, color in zip(self.courses(), _RUNS * 9): _add_course(fig, course.name, course_lines(course, s.where, s.split), color)
     path = self.path()
     fig.add_scatter(x=path.epoch, y=path[f"cos_{s.where}"], name="chosen nodule", mode="lines+markers", line=dict(color=VERMILLION, width=3), row=1, col=1)
@@ -164,24 +164,31 @@ def static(self: AngleExplorer) -> go.Figure:
               "its way here": dict(mode="lines", line=dict(color=VERMILLION, width=2, dash="dot"), hoverinfo="skip"),
               "chosen nodule": dict(mode="markers", marker=dict(symbol="circle-open", size=18, color=VERMILLION, line_width=4), hoverinfo="skip")}
     for name, style in styles.items(): fig.add_scatter(x=places[name][0], y=places[name][1], name=f"map: {name}", showlegend=False, row=1, col=2, **style)
-    for (r, c), title in _TITLES.items(): fig.update_yaxes(title_text=title, row=r, col=c)
+    fig.update_layout(template=TEMPLATE, height=820, width=1080, uirevision="angles", margin=dict(l=60, r=20, t=70, b=50))
+    self._say_what(fig)
     self._dress_axes(fig, drawn)
-    return fig.update_layout(template=TEMPLATE, height=820, width=1080, uirevision="angles", margin=dict(l=75, r=20, t=50, b=50))
+    return fig.update_annotations(font_size=13).update_xaxes(title_standoff=4).update_yaxes(title_standoff=4)
+
+@patch
+def _say_what(self: AngleExplorer, fig: go.Figure) -> None:
+    "Titles of the two panels that depend on the state."
+    s = self.state
+    fig.layout.annotations[0].text = f"task cosine ({s.where}, {'validation' if s.split == 'val' else 'training'})"
+    fig.layout.annotations[1].text = f"latent space at epoch {s.epoch}, coloured by the reader's grade"
 
 @patch
 def _dress_axes(self: AngleExplorer, fig: go.Figure, drawn: LatentMap) -> None:
-    "Titles that depend on the state, and a map that does not move its axes with the epoch."
-    s, last = self.state, max((c.history.epoch.max() for c in self.courses() if len(c.history)), default=1)
+    "Axes that hold all epochs; so those of the map do not move with the epoch."
+    last = max((c.history.epoch.max() for c in self.courses() if len(c.history)), default=1)
     fig.update_xaxes(range=[-0.5, last + 0.5], tickformat="d", title_text="epoch").update_yaxes(rangemode="tozero")
-    fig.update_yaxes(title_text=f"task cosine ({s.where}, {s.split})", rangemode="normal", row=1, col=1)
-    fig.update_yaxes(type="log", rangemode="normal", row=3, col=1).update_yaxes(range=[0, 1.05], row=3, col=2)
+    fig.update_yaxes(rangemode="normal", row=1, col=1).update_yaxes(type="log", dtick="D2", rangemode="normal", row=3, col=1).update_yaxes(range=[0, 1.05], row=3, col=2)
     at = drawn.before if len(drawn.before) else drawn.now
     for update, axis, title in ((fig.update_xaxes, "x", drawn.axes[0]), (fig.update_yaxes, "y", drawn.axes[1])):
         low, high = at[axis].min(), at[axis].max()
         edge = 0.06 * (high - low) or 1.0
         update(range=[float(low - edge), float(high + edge)], title_text=title, rangemode="normal", tickformat="", row=1, col=2)
 
-# %% ../nbs/84_angle_explorer.ipynb #ea36a784
+# %% ../nbs/84_angle_explorer.ipynb #433325c7
 @patch
 def build(self: AngleExplorer) -> widgets.Widget:
     epochs = self.run.epochs()
@@ -215,27 +222,27 @@ def update(self: AngleExplorer, changed: set[str]) -> None:
             path = self.path()
             next(self.fig.select_traces({"name": "chosen nodule"})).update(x=path.epoch, y=path[f"cos_{self.state.where}"])
         if changed & {"row", "epoch", "method"}: self._draw_map()
+        if "method" in changed: self._dress_axes(self.fig, self.map())
+        if changed & {"where", "split", "epoch"}: self._say_what(self.fig)
     if "method" in changed and self.state.method not in self.maps._maps:
         self.work("map", self.maps.make_map(), lambda done: done and self._map_made())
     self.note.value = escape(" ".join(self.words()))
 
-# %% ../nbs/84_angle_explorer.ipynb #c01ce51a
+# %% ../nbs/84_angle_explorer.ipynb #c4c1f4d2
 @patch
 def _draw_courses(self: AngleExplorer) -> None:
     traces = iter(self.fig.data)
     for course in self.courses():
         for x, y in course_lines(course, self.state.where, self.state.split).values(): next(traces).update(x=x, y=y)
-    self._dress_axes(self.fig, self.map())
 
 @patch
 def _draw_map(self: AngleExplorer) -> None:
     drawn = self.map()
     for name, (x, y) in self.places(drawn).items(): next(self.fig.select_traces({"name": f"map: {name}"})).update(x=x, y=y)
-    self._dress_axes(self.fig, drawn)
 
 @patch
 def _map_made(self: AngleExplorer) -> None:
-    with self.fig.batch_update(): self._draw_map()
+    with self.fig.batch_update(): self._draw_map(), self._dress_axes(self.fig, self.map())
     self.note.value = escape(" ".join(self.words()))
 
 @patch
@@ -256,7 +263,7 @@ def close(self: AngleExplorer) -> None:
     if self._view is not None: self.points.on_click(None)
     super(AngleExplorer, self).close()
 
-# %% ../nbs/84_angle_explorer.ipynb #5963c934
+# %% ../nbs/84_angle_explorer.ipynb #391b2e1c
 @patch
 def refresh(self: AngleExplorer, history: pd.DataFrame, nodules: pd.DataFrame) -> None:
     "Take in what a run has recorded since; the view follows."
@@ -268,7 +275,7 @@ def refresh(self: AngleExplorer, history: pd.DataFrame, nodules: pd.DataFrame) -
     self.state = replace(self.state, epoch=epochs[-1] if epochs else None)
     if self._view is None: return
     with self.fig.batch_update():
-        self._draw_courses(); self._draw_map()
+        self._draw_courses(); self._draw_map(); self._dress_axes(self.fig, self.map()); self._say_what(self.fig)
         path = self.path()
         next(self.fig.select_traces({"name": "chosen nodule"})).update(x=path.epoch, y=path[f"cos_{self.state.where}"])
     slider = self.controls["epoch"]

@@ -217,6 +217,9 @@ class Traversal(Encoded):
         u = rows.view(1, -1, 1, 1) / (g.shape[2] * g.shape[3]) ** 0.5 if self.where == "pooled" else rows.view_as(g)
         return torch.empty_like(self.z).copy_(u)                     # in z's own memory format
 
+    @cached_property
+    def at_start(self) -> Decoded: return self.step()
+
     @property
     def cosine(self) -> float: return float((self.directions[0] * self.directions[1]).sum())
 

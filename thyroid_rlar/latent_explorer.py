@@ -6,7 +6,7 @@
 __all__ = ['NO_VALUE', 'REACH', 'NEAR', 'THUMB', 'MARKS', 'PLANES', 'colour_choices', 'Paint', 'paint', 'cohort_table', 'as_csv',
            'cohort_facts', 'LatentState', 'LatentExplorer', 'plane_figure']
 
-# %% ../nbs/82_latent_explorer.ipynb #d4258b6c
+# %% ../nbs/82_latent_explorer.ipynb #feea12ad
 import asyncio
 import base64
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from html import escape
 
-# %% ../nbs/82_latent_explorer.ipynb #4c32d63a
+# %% ../nbs/82_latent_explorer.ipynb #4da5572e
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ from PIL import Image
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-# %% ../nbs/82_latent_explorer.ipynb #7497e15f
+# %% ../nbs/82_latent_explorer.ipynb #e54a8592
 from .explorers import Explorer, facts_html, nodule_facts, picture, redraw
 from .figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, TEMPLATE, VERMILLION, as_text, png_address
 from .intervals import bootstrap, weighted_mean
@@ -33,7 +33,7 @@ from .latent import MAPS, Decoded, LatentMap, Plane, Traversal, latent_map, neig
 from .opened import OpenRun
 from .rlar import WHERE
 
-# %% ../nbs/82_latent_explorer.ipynb #4ec31715
+# %% ../nbs/82_latent_explorer.ipynb #cfe04a45
 NO_VALUE = "#C8C8C8"
 _APART = [[0, "rgb(0, 114, 178)"], [0.5, "rgb(181, 181, 181)"], [1, "rgb(213, 94, 0)"]]       # blue, grey, vermillion
 _CASES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#8C6D31", "#555555")
@@ -56,7 +56,7 @@ class Paint:
     high: float = 1.0
     ticks: dict | None = None       # tickvals and ticktext, where the values are names
 
-# %% ../nbs/82_latent_explorer.ipynb #9de560f2
+# %% ../nbs/82_latent_explorer.ipynb #05eff618
 def _steps(colors: Sequence[str]) -> list:
     "A colour scale of equal steps."
     return [[(k + edge) / len(colors), color] for k, color in enumerate(colors) for edge in (0, 1)]
@@ -89,7 +89,7 @@ def paint(run: OpenRun, column: str) -> Paint:
     index = np.where(np.isfinite(values), np.nan_to_num(place).round(), len(colors)).astype(int)
     return Paint(np.array([*colors, NO_VALUE])[index].tolist(), title, scale, low, high, ticks)
 
-# %% ../nbs/82_latent_explorer.ipynb #03a8bc8b
+# %% ../nbs/82_latent_explorer.ipynb #e79adcea
 def cohort_table(run: OpenRun, rows: Sequence[int]) -> pd.DataFrame:
     "What is known of these nodules, to be taken away."
     plain = ("image_id", "case_id", "split", "grade", "predicted", "error", "dice", "angle", "cos_map", "cos_pooled", "loss_seg", "loss_risk")
@@ -99,7 +99,8 @@ def cohort_table(run: OpenRun, rows: Sequence[int]) -> pd.DataFrame:
 def as_csv(table: pd.DataFrame) -> str:
     "A table as CSV in which no text is a formula."
     safe = lambda v: "'" + v if isinstance(v, str) and v[:1] in ("=", "+", "-", "@", "\t", "\r", "\n") else v
-    return table.map(safe).to_csv(index=False)
+    text = table.select_dtypes(exclude="number").columns
+    return table.assign(**{c: table[c].map(safe) for c in text}).to_csv(index=False)
 
 def cohort_facts(run: OpenRun, rows: Sequence[int]) -> dict[str, str]:
     "A cohort in numbers, 95 % intervals over cases."
@@ -112,7 +113,7 @@ def cohort_facts(run: OpenRun, rows: Sequence[int]) -> dict[str, str]:
         facts[f"{name}, mean"] = f"{b['value']:.{places}f}{unit} (n = {b['n']}{interval})"
     return facts
 
-# %% ../nbs/82_latent_explorer.ipynb #eda8321f
+# %% ../nbs/82_latent_explorer.ipynb #3f0e64a4
 REACH = 0.5                          # the longest step, in shares of |z|
 NEAR = 6                             # neighbours that are shown
 THUMB = 150                          # pixels, width of a neighbour's picture
@@ -129,7 +130,7 @@ class LatentState:
     orthogonal: bool = False         # the risk direction without its part along the segmentation direction
     where: str = "map"               # the directions of each place of z by itself, or `pooled`
 
-# %% ../nbs/82_latent_explorer.ipynb #528c8fe2
+# %% ../nbs/82_latent_explorer.ipynb #8490bb85
 class LatentExplorer(Explorer):
     "A run's nodules on a map, and each of them pushed along its tasks' directions."
     State = LatentState
@@ -137,7 +138,7 @@ class LatentExplorer(Explorer):
     def __init__(self, run: OpenRun, **chosen):
         super().__init__(run, **chosen)
         self._maps, self._z = {}, standardise(run.latents)
-        self.traversal = lru_cache(8)(self._traversal)
+        self.traversal, self.neighbours = lru_cache(8)(self._traversal), lru_cache(8)(self._neighbours)
 
     def check(self, state: LatentState) -> None:
         super().check(state)
@@ -145,8 +146,8 @@ class LatentExplorer(Explorer):
             if getattr(state, name) not in allowed: raise ValueError(f"{name}: found {getattr(state, name)!r}, expected one of {allowed}")
         for name in ("seg", "risk"):
             if not abs(getattr(state, name)) <= REACH: raise ValueError(f"{name}: found {getattr(state, name)}, expected -{REACH} to {REACH}")
-        if strange := sorted(set(state.picked) - set(self.run.table.index)):
-            raise ValueError(f"picked: found rows {strange[:5]}, expected some of the run's {len(self.run.table)} images")
+        if (self.run.table.index.get_indexer(list(state.picked)) < 0).any():
+            raise ValueError(f"picked: found rows {state.picked[:5]}, expected some of the run's {len(self.run.table)} images")
 
     def choose(self, **changes) -> None:
         "As of every explorer. Another nodule starts at its own z."
@@ -157,15 +158,18 @@ class LatentExplorer(Explorer):
 
     def decoded(self) -> Decoded:
         "What the heads answer at the chosen step."
-        s = self.state
-        return self.traversal(s.row, s.where).step(s.seg, s.risk, s.orthogonal)
+        s, t = self.state, self.traversal(self.state.row, self.state.where)
+        return t.step(s.seg, s.risk, s.orthogonal) if s.seg or s.risk else t.at_start
+
+    def _neighbours(self, row: int) -> pd.DataFrame:
+        found = neighbours(self._z, self.run.rows.index(row), NEAR, self.run.table.group)
+        return found.assign(row=self.run.table.index[found.row])
 
     def near(self) -> pd.DataFrame:
         "The chosen nodule's neighbours in latent space: see `neighbours`; `row` is the run's."
-        found = neighbours(self._z, self.run.rows.index(self.state.row), NEAR, self.run.table.group)
-        return found.assign(row=[self.run.rows[k] for k in found.row])
+        return self.neighbours(self.state.row)
 
-# %% ../nbs/82_latent_explorer.ipynb #4d421034
+# %% ../nbs/82_latent_explorer.ipynb #e76907ba
 @patch
 def map(self: LatentExplorer, method: str = "", compute: bool = True) -> LatentMap | None:
     "The map by a method, or the state's; without `compute` None where a UMAP would have to be made first."
@@ -194,7 +198,7 @@ def _await_map(self: LatentExplorer, pool: ThreadPoolExecutor) -> Iterator[bool]
         yield future.result() is not None
     finally: pool.shutdown(wait=False, cancel_futures=True)
 
-# %% ../nbs/82_latent_explorer.ipynb #9f269715
+# %% ../nbs/82_latent_explorer.ipynb #5edbce18
 MARKS = {"chosen": ("circle-open", 19, 4), "same case": ("diamond-open", 14, 2), "neighbours": ("square-open", 12, 2)}
 
 def _bar(p: Paint) -> dict:
@@ -223,7 +227,7 @@ def map_figure(self: LatentExplorer, drawn: LatentMap) -> go.Figure:
     fig.update_xaxes(title_text=drawn.axes[0]).update_yaxes(title_text=drawn.axes[1])
     return fig.update_layout(margin=dict(l=60, r=10, t=40, b=50))
 
-# %% ../nbs/82_latent_explorer.ipynb #7e75c2b5
+# %% ../nbs/82_latent_explorer.ipynb #56b1c6b1
 def _probabilities(run: OpenRun, start: np.ndarray, now: np.ndarray) -> go.Figure:
     "Grade probabilities (K,) at the start and now."
     fig = go.Figure(layout=dict(template=TEMPLATE, height=230, width=400, barmode="group", uirevision="grades"))
@@ -243,7 +247,7 @@ def _evidence(run: OpenRun, start: np.ndarray, now: np.ndarray) -> go.Figure:
     fig.update_xaxes(title_text="evidence predicted (training sd from the mean)", range=[-reach, reach])
     return fig.update_yaxes(autorange="reversed", dtick=1).update_layout(margin=dict(l=120, r=10, t=35, b=45))
 
-# %% ../nbs/82_latent_explorer.ipynb #15921a26
+# %% ../nbs/82_latent_explorer.ipynb #5604f5a0
 PLANES = {"loss_seg": "segmentation loss", "loss_risk": "grade loss", "dice": "Dice to the start"}
 
 def _cells(values: np.ndarray) -> list:
@@ -267,7 +271,7 @@ def plane_figure(run: OpenRun, found: Plane, seg: float = 0.0, risk: float = 0.0
     fig.update_yaxes(title_text="risk step (share of |z|)", range=[-REACH, REACH], col=1)
     return fig.update_layout(template=TEMPLATE, height=330, width=980, showlegend=False, margin=dict(l=60, r=20, t=40, b=50))
 
-# %% ../nbs/82_latent_explorer.ipynb #9628c63d
+# %% ../nbs/82_latent_explorer.ipynb #856daf13
 @patch
 def stepped(self: LatentExplorer, now: Decoded) -> np.ndarray:
     "The mask's probabilities (h,w) after the step, 0 outside the sector."
@@ -289,14 +293,14 @@ def answers(self: LatentExplorer, now: Decoded) -> tuple[np.ndarray, np.ndarray,
 def words(self: LatentExplorer, now: Decoded) -> str:
     "The step in one sentence."
     t, s = self.traversal(self.state.row, self.state.where), self.state
-    start, after = t.step(), now
+    start, after = t.at_start, now
     grades = [self.run.scale.grades[int(d.grade[0])] for d in (start, after)]
     loss = lambda name: "{:.2f} → {:.2f}".format(*(float(getattr(d.losses, name)) for d in (start, after)))
     angle = "" if "directions" not in t.__dict__ else f" Angle of the directions {np.degrees(np.arccos(np.clip(t.cosine, -1, 1))):.1f}° ({s.where})."
     return (f"Dice to the start {float(after.dice):.3f}. Segmentation loss {loss('seg')}, grade loss {loss('risk')}, "
             f"predicted grade {' → '.join(grades)}.{angle}")
 
-# %% ../nbs/82_latent_explorer.ipynb #e8662c8b
+# %% ../nbs/82_latent_explorer.ipynb #75ec2bb8
 @patch
 def notes(self: LatentExplorer) -> list[str]:
     "What must be said beside the numbers: labels that are the network's own, skips held fixed, tasks not trained."
@@ -323,9 +327,10 @@ def static(self: LatentExplorer) -> go.Figure:
     text = as_text(" ".join([self.words(now), *self.notes()]))
     fig.add_annotation(text=text, xref="paper", yref="paper", x=0, y=-0.13, xanchor="left", showarrow=False, font=dict(size=12, color=GREY))
     legend = dict(orientation="h", x=0, y=-0.15, yref="paper", yanchor="top")
+    fig.update_xaxes(title_standoff=4)
     return fig.update_layout(template=TEMPLATE, height=880, width=1100, barmode="group", legend=legend, margin=dict(l=60, r=20, t=40, b=120))
 
-# %% ../nbs/82_latent_explorer.ipynb #ab50b79e
+# %% ../nbs/82_latent_explorer.ipynb #6b0293d0
 def _slider(name: str, tip: str) -> widgets.FloatSlider:
     return widgets.FloatSlider(min=-REACH, max=REACH, step=0.01, description=name, tooltip=tip, readout_format="+.2f",
                                style=dict(description_width="130px"), layout=dict(width="460px"))
@@ -338,7 +343,7 @@ def _thumb(image: np.ndarray, words: str) -> str:
 
 def _heading(text: str) -> widgets.HTML: return widgets.HTML(f"<b style='font-size:14px'>{text}</b>")
 
-# %% ../nbs/82_latent_explorer.ipynb #056c8178
+# %% ../nbs/82_latent_explorer.ipynb #cd4c6670
 @patch
 def build(self: LatentExplorer) -> widgets.Widget:
     self.note, self.facts, self.sentence = (widgets.HTML() for _ in range(3))
@@ -365,7 +370,7 @@ def _clicked(self: LatentExplorer, _, points, state) -> None:
 def _lassoed(self: LatentExplorer, _, points, selector) -> None:
     self.choose(picked=tuple(self.run.rows[k] for k in points.point_inds))
 
-# %% ../nbs/82_latent_explorer.ipynb #f2d96003
+# %% ../nbs/82_latent_explorer.ipynb #fada96ea
 @patch
 def _build_nodule(self: LatentExplorer) -> widgets.Widget:
     row = self.state.row
@@ -388,7 +393,7 @@ def _build_steps(self: LatentExplorer) -> widgets.Widget:
     left = widgets.VBox([_heading("Push z, in shares of its own norm |z|"), *parts, self.grade_fig])
     return widgets.VBox([widgets.HBox([left, self.evidence_fig] if self.evidence_fig else [left]), self.sentence])
 
-# %% ../nbs/82_latent_explorer.ipynb #e5913a4d
+# %% ../nbs/82_latent_explorer.ipynb #d7bfb8b2
 @patch
 def _build_plane(self: LatentExplorer) -> widgets.Widget:
     self.plane_button = widgets.Button(description="draw the plane of both steps", layout=dict(width="230px"),
@@ -414,7 +419,7 @@ def _build_cohort(self: LatentExplorer) -> widgets.Widget:
     self.cohort_box = widgets.VBox([_heading("Cohort within the lasso"), body], layout=dict(display="none"))
     return self.cohort_box
 
-# %% ../nbs/82_latent_explorer.ipynb #47e6e7b1
+# %% ../nbs/82_latent_explorer.ipynb #d2480394
 def _angle_edges(run: OpenRun) -> np.ndarray:
     "Fifteen bins about 90 degrees that hold all angles of the run."
     reach = max(1.0, 1.001 * np.nan_to_num(np.abs(run.table.angle - 90).max()))
@@ -441,7 +446,7 @@ def _cohort_figure(run: OpenRun, rows: Sequence[int]) -> go.Figure:
     fig.update_xaxes(title_text="task angle (degrees)", range=edges[[0, -1]], row=1, col=2).update_yaxes(title_text="images", rangemode="tozero", col=2)
     return fig.update_layout(template=TEMPLATE, height=300, width=640, showlegend=False, margin=dict(l=60, r=10, t=40, b=50))
 
-# %% ../nbs/82_latent_explorer.ipynb #424931fa
+# %% ../nbs/82_latent_explorer.ipynb #b6557d08
 @patch
 def update(self: LatentExplorer, changed: set[str]) -> None:
     for name, control in self.controls.items():
@@ -477,7 +482,7 @@ def _recolour(self: LatentExplorer) -> None:
         self.map_fig.data[0].marker.color = p.colors
         self.map_fig.data[1].marker = _bar(p)
 
-# %% ../nbs/82_latent_explorer.ipynb #84116fa8
+# %% ../nbs/82_latent_explorer.ipynb #e8004aad
 @patch
 def _show_nodule(self: LatentExplorer) -> None:
     row, xy, near = self.state.row, self._shown.now, self.near()
@@ -513,7 +518,7 @@ def _show_step(self: LatentExplorer, changed: set[str]) -> None:
             for cross in self.plane_fig.select_traces({"name": "step"}): cross.update(x=[self.state.seg], y=[self.state.risk])
     if changed & {"row", "where"}: self.work("directions", self._seek_directions(), lambda _: None)
 
-# %% ../nbs/82_latent_explorer.ipynb #376c12fb
+# %% ../nbs/82_latent_explorer.ipynb #f0c2eb83
 @patch
 def _seek_directions(self: LatentExplorer) -> Iterator[None]:
     yield                                                      # the page first
@@ -547,12 +552,12 @@ def _hide_plane(self: LatentExplorer) -> None:
     self.plane_box.children = []
     self.plane_fig.close(); self.plane_fig = None
 
-# %% ../nbs/82_latent_explorer.ipynb #3501259e
+# %% ../nbs/82_latent_explorer.ipynb #6df712ca
 @patch
 def _show_cohort(self: LatentExplorer) -> None:
     rows = self.state.picked
     self.cohort_box.layout.display = "" if rows else "none"
-    at = [k for k, row in enumerate(self.run.rows) if row in set(rows)] if rows else None
+    at = self.run.table.index.get_indexer(list(rows)) if rows else None
     with self.map_fig.batch_update(): self.map_fig.data[0].selectedpoints = at
     if not rows: return
     counts, angles = _counts(self.run, rows)
