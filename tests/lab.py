@@ -69,8 +69,8 @@ class Notebook:
         self.page.on("console", lambda m: self.console.append(f"{m.text} ({m.location.get('url', '')})") if m.type == "error" else None)
         self.page.on("pageerror", lambda error: self.console.append(str(error)))
         self.page.on("websocket", self._listen)
-        self.page.goto(f"{lab.url}/lab/workspaces/{secrets.token_hex(4)}/tree/{name}?token={lab.token}")
-        self.page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for(timeout=90_000)
+        self.page.goto(f"{lab.url}/lab/workspaces/{secrets.token_hex(4)}/tree/{name}?token={lab.token}", timeout=120_000)
+        self.page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for(timeout=120_000)
         until(self._ready, "a connected, idle kernel", self.page, 90)     # the status bar says idle before there is a kernel
 
     def _listen(self, socket: WebSocket) -> None:

@@ -48,7 +48,9 @@ def explorer(opened: Notebook, number: int) -> Locator:
 
 def plots(box: Locator) -> Locator:
     box.locator(".js-plotly-plot .main-svg").first.wait_for(timeout=60_000)
-    return box.locator(".js-plotly-plot")
+    found, drawn = box.locator(".js-plotly-plot"), "all => all.every(p => p._fullData && p._fullData.length)"
+    until(lambda: found.evaluate_all(drawn), "all figures are drawn", box.page)
+    return found
 
 
 
