@@ -23,7 +23,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lab bench prepare hooks env check-python clean distclean
+.PHONY: help run test lab pictures bench prepare hooks env check-python clean distclean
 
 help:  ## list the targets
 	@echo 'make TARGET, with TARGET one of'
@@ -49,6 +49,10 @@ test: env  ## install what is missing, then run every notebook's tests and pytes
 lab: env  ## open JupyterLab on the explorers, with the phantom run, which is trained first if there is none
 	@[ -f $(RUN_DIR)/metrics.json ] || $(MAKE) --no-print-directory run
 	$(BIN)/jupyter lab nbs/explore.ipynb --LabApp.news_url=None
+
+pictures: env  ## draw README's pictures of the explorers anew, from the phantom run, in a browser
+	@[ -f $(RUN_DIR)/metrics.json ] || $(MAKE) --no-print-directory run
+	$(BIN)/python tests/pictures.py $(RUN_DIR)
 
 bench: env  ## measure the speed and memory of each method
 	$(call need,nbs/runs/benchmark.ipynb)

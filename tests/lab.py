@@ -97,11 +97,11 @@ class Notebook:
         until(done, "all cells have run", self.page, seconds)
         return self
 
-    def settle(self) -> None:
+    def settle(self, seconds: float = 30) -> None:
         """Wait until the kernel has nothing to do. While it is busy, widgets keep only the newest event that waits for it: a mouse that moves on
         makes a click or a lasso unsaid."""
         self.page.wait_for_timeout(150)
-        until(lambda: not self.busy and time.monotonic() - self.heard > 0.25, "the kernel is idle", self.page)
+        until(lambda: not self.busy and time.monotonic() - self.heard > 0.25, "the kernel is idle", self.page, seconds)
 
     def widget(self, label: str) -> Locator:
         "The ipywidget with this description."

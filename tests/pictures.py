@@ -1,0 +1,28 @@
+"""README's pictures of the explorers: real JupyterLab on the phantom run, each explorer as it opens. Run by `make pictures`."""
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from lab import ROOT, Lab
+from PIL import Image
+
+PICTURES = {"latent": ".rlar-explorer >> nth=0", "angles": ".rlar-explorer >> nth=1", "attribution": ".rlar-explorer >> nth=2", "report": ".nodule-report"}
+
+
+def main(run_dir: Path) -> None:
+    nb = nbformat.read(ROOT / "nbs/explore.ipynb", as_version=4)
+    next(c for c in nb.cells if "parameters" in c.metadata.get("tags", [])).source = f"run_dir, images, beside = {str(run_dir)!r}, 'unseen', []"
+    with tempfile.TemporaryDirectory() as folder, Lab(Path(folder)) as lab:
+        opened = lab.open(nb, "explore.ipynb").run_all(900)
+        opened.settle(300)
+        for name, where in PICTURES.items():
+            part = opened.page.locator(where)
+            part.wait_for(timeout=120_000)
+            shot = Image.open(opened.screenshot(Path(folder) / f"{name}.png", part)).convert("RGB")
+            shot.quantize(128, dither=Image.Dither.NONE).save(ROOT / f"nbs/images/explorer-{name}.png", optimize=True)
+            print(f"nbs/images/explorer-{name}.png, {shot.width} x {shot.height}")
+        assert not opened.errors and not opened.console, (opened.errors, opened.console)
+
+
+if __name__ == "__main__": main(Path(sys.argv[1]).resolve())
