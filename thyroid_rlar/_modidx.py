@@ -591,8 +591,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/thyroid_rlar', 'doc_host':
                                                                                                'thyroid_rlar/latent_explorer.py'),
                                               'thyroid_rlar.latent_explorer.LatentExplorer.__init__': ( 'latent_explorer.html#latentexplorer.__init__',
                                                                                                         'thyroid_rlar/latent_explorer.py'),
-                                              'thyroid_rlar.latent_explorer.LatentExplorer._await_map': ( 'latent_explorer.html#latentexplorer._await_map',
-                                                                                                          'thyroid_rlar/latent_explorer.py'),
                                               'thyroid_rlar.latent_explorer.LatentExplorer._build_cohort': ( 'latent_explorer.html#latentexplorer._build_cohort',
                                                                                                              'thyroid_rlar/latent_explorer.py'),
                                               'thyroid_rlar.latent_explorer.LatentExplorer._build_map': ( 'latent_explorer.html#latentexplorer._build_map',

@@ -176,6 +176,7 @@ def static(self: AngleExplorer) -> go.Figure:
     self._dress_axes(fig, drawn)
     return fig.update_annotations(font_size=13).update_xaxes(title_standoff=4).update_yaxes(title_standoff=4)
 
+# %% ../nbs/84_angle_explorer.ipynb #97955d9e
 @patch
 def _say_what(self: AngleExplorer, fig: go.Figure) -> None:
     "Titles of the two panels that depend on the state."

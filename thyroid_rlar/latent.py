@@ -74,7 +74,7 @@ def lay_out(z: pd.DataFrame, before: dict[int, pd.DataFrame], method: str = "uma
     few = method == "umap" and len(z) < FEWEST
     now, *others = (standardise(t.to_numpy(), z.to_numpy()) for t in (z, *before.values()))
     (first, *rest), axes = _pca(now, others) if few or method == "pca" else _umap(now, others, seed)
-    as_table = lambda t, p, **more: pd.DataFrame(more | {"image_id": t.index.astype(str), "x": p[:, 0].astype("float32"), "y": p[:, 1].astype("float32")})
+    as_table = lambda t, p, **more: pd.DataFrame(more | {"image_id": t.index.astype(str), **dict(zip("xy", p.T.astype("float32")))})
     tables = [as_table(t, p, epoch=e) for (e, t), p in zip(before.items(), rest)]
     earlier = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["epoch", "image_id", "x", "y"])
     note = f"PCA instead of UMAP, which needs at least {FEWEST} images: there are {len(z)}." if few else ""

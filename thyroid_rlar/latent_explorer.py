@@ -6,7 +6,6 @@
 __all__ = ['NEAR', 'LatentState', 'LatentExplorer']
 
 # %% ../nbs/82_latent_explorer.ipynb #8ecd7f1f
-import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -112,13 +111,8 @@ def map(self: LatentExplorer, method: str = "", compute: bool = True) -> LatentM
 
 @patch
 def make_map(self: LatentExplorer) -> Iterator[bool]:
-    "Make the map in a thread of its own, where a kernel runs; yields whether it is done."
-    try: asyncio.get_running_loop()
-    except RuntimeError: return iter([self.map() is not None])
-    return self._await_map(ThreadPoolExecutor(1))
-
-@patch
-def _await_map(self: LatentExplorer, pool: ThreadPoolExecutor) -> Iterator[bool]:
+    "Make the map in a thread of its own; yields whether it is done."
+    pool = ThreadPoolExecutor(1)
     try:
         future = pool.submit(self.map)
         while not future.done():
@@ -220,6 +214,7 @@ def _build_map(self: LatentExplorer) -> widgets.Widget:
     points.on_click(self._clicked); points.on_selection(self._lassoed); points.on_deselect(lambda *_: self.choose(picked=()))
     return widgets.VBox([widgets.HBox([method, color]), self.note, self.map_fig])
 
+# %% ../nbs/82_latent_explorer.ipynb #8a88ddb5
 @patch
 def _clicked(self: LatentExplorer, _, points, state) -> None:
     if points.point_inds: self.choose(row=self.run.rows[points.point_inds[0]])
@@ -295,6 +290,7 @@ def _map_shown(self: LatentExplorer) -> LatentMap:
     self._shown = self.map(compute=False) or self.map("pca")
     return self._shown
 
+# %% ../nbs/82_latent_explorer.ipynb #d7599be9
 @patch
 def _show_map(self: LatentExplorer) -> None:
     drawn, at, ready = self._map_shown(), self.marks(), self.state.method in self._maps
@@ -330,6 +326,7 @@ def _near_words(self: LatentExplorer, near: pd.DataFrame) -> list[str]:
     graded = [f", grade {g}" if isinstance(g, str) else "" for g in grades]
     return [f"{d:.2f} sd{g}{', same case' if same else ''}" for d, g, same in zip(near.distance, graded, near.same_case)]
 
+# %% ../nbs/82_latent_explorer.ipynb #ac38e79d
 @patch
 def _show_step(self: LatentExplorer, changed: set[str]) -> None:
     now = self.decoded()
@@ -359,6 +356,7 @@ def draw_plane(self: LatentExplorer) -> None:
     s, self.plane_bar.layout.visibility = self.state, "visible"
     self.work("plane", plane(self.traversal(s.row, s.where), REACH, orthogonal=s.orthogonal), self._grow_plane)
 
+# %% ../nbs/82_latent_explorer.ipynb #105d41e0
 @patch
 def _grow_plane(self: LatentExplorer, found: Plane) -> None:
     self.plane_bar.value = found.done

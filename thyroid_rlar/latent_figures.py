@@ -68,6 +68,7 @@ def _range(run: OpenRun, column: str, values: np.ndarray) -> tuple[object, float
     low, high = np.quantile(known, [0.02, 0.98])
     return "Viridis", float(low), float(high) if high > low else float(low) + 1
 
+# %% ../nbs/81_latent_figures.ipynb #60bf58a8
 def paint(run: OpenRun, column: str) -> Paint:
     "How to colour the run's images by a column of `colour_choices`."
     title = colour_choices(run)[column]
@@ -160,6 +161,7 @@ def cohort_counts(run: OpenRun, rows: Sequence[int]) -> tuple[np.ndarray, np.nda
         np.add.at(counts, (known.grade_index.to_numpy(int), known.predicted_index.to_numpy(int)), 1)
     return counts, np.histogram(table.angle.dropna(), angle_edges(run))[0]
 
+# %% ../nbs/81_latent_figures.ipynb #38ea4547
 def cohort_figure(run: OpenRun, rows: Sequence[int]) -> go.Figure:
     "Confusion matrix and histogram of angles."
     (counts, angles), names, edges = cohort_counts(run, rows), list(run.scale.grades), angle_edges(run)
