@@ -69,8 +69,8 @@ class Notebook:
         self.page.on("console", lambda m: self.console.append(f"{m.text} ({m.location.get('url', '')})") if m.type == "error" else None)
         self.page.on("pageerror", lambda error: self.console.append(str(error)))
         self.page.on("websocket", self._listen)
-        self.page.goto(f"{lab.url}/lab/workspaces/{secrets.token_hex(4)}/tree/{name}?token={lab.token}")
-        self.page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for(timeout=90_000)
+        self.page.goto(f"{lab.url}/lab/workspaces/{secrets.token_hex(4)}/tree/{name}?token={lab.token}", timeout=120_000)
+        self.page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for(timeout=120_000)
         until(self._ready, "a connected, idle kernel", self.page, 90)     # the status bar says idle before there is a kernel
 
     def _listen(self, socket: WebSocket) -> None:
@@ -85,7 +85,7 @@ class Notebook:
         kernels = [session["kernel"] for session in self.lab.ask("sessions") if session["path"] == self.name]
         return any(kernel["execution_state"] == "idle" and kernel["connections"] for kernel in kernels)
 
-    def run_all(self, seconds: float = 120) -> Self:
+    def run_all(self, seconds: float = 240) -> Self:
         "Run all cells and wait for the last; a cell that raises ends it, as in JupyterLab."
         self.page.get_by_text("Run", exact=True).first.click()
         self.page.locator('[data-command="runmenu:run-all"]').first.click()
@@ -129,6 +129,9 @@ class Notebook:
         "The page's n-th plotly figure, drawn."
         figure = self.page.locator(".jp-NotebookPanel .js-plotly-plot").nth(number)
         figure.locator(".main-svg").first.wait_for(timeout=60_000)
+        drawn = "plot => plot.calcdata?.length === plot._fullData?.length && !plot._fullLayout._replotting"
+        until(lambda: figure.evaluate(drawn), "the figure is drawn", self.page)
+        self.settle()                           # plotly's widget listens to clicks once it has drawn
         return figure
 
     def data(self, plot: Locator, trace: int = 0, field: str = "y") -> list:

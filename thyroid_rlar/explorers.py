@@ -44,12 +44,14 @@ function render({ model, el }) {
     event.preventDefault(); event.stopPropagation();
     put({ step, presses: model.get("presses") + 1 });
   };
-  const focus = (event) => { if (!event.target.closest(OWN_KEYS + ", button")) home.focus({ preventScroll: true }); };
+  const focus = (event) => {        // after JupyterLab, which gives the focus to the cell
+    if (!event.target.closest(OWN_KEYS)) setTimeout(() => home.focus({ preventScroll: true }), 0);
+  };
   const attach = () => {
     home = el.closest(".rlar-explorer");
     if (!home) { if (tries-- > 0) setTimeout(attach, 50); return; }
     home.tabIndex = 0; home.style.outline = "none";
-    home.addEventListener("keydown", keys, true); home.addEventListener("mousedown", focus);
+    home.addEventListener("keydown", keys, true); home.addEventListener("click", focus);
   };
   let tries = 100;
   const observer = new MutationObserver(theme);
@@ -57,7 +59,7 @@ function render({ model, el }) {
   theme(); attach();
   return () => {
     observer.disconnect(); tries = 0;
-    if (home) { home.removeEventListener("keydown", keys, true); home.removeEventListener("mousedown", focus); }
+    if (home) { home.removeEventListener("keydown", keys, true); home.removeEventListener("click", focus); }
   };
 }
 export default { render };

@@ -24,7 +24,7 @@ from PIL import Image
 from skimage.measure import label, regionprops
 
 # %% ../nbs/88_nodule_report.ipynb #4c6ebddb
-from .attribution import Method, Target, attribute, look
+from .attribution import METHODS, Method, Target, attribute, look
 from .calculator import Calculation, calculation_html, calculation_of, calculator_html
 from .evaluation import probability_columns
 from .explorers import nodule_facts
@@ -163,8 +163,7 @@ def attributed(run: OpenRun, row: int, method: Method | None = None) -> dict[str
     batch, method = run.batch(row), method or Method()
     subject = look(run.net, batch["image"], batch["valid"])
     asked = {"seg": ("the mask", Target("mask")), "risk": ("the next grade", Target("next"))}
-    name = method.name.replace("_", " ")
-    return {f"{name}, {what}": attribute(run.net, subject, target, method).map for task, (what, target) in asked.items() if task in run.tasks}
+    return {f"{METHODS[method.name]}, {what}": attribute(run.net, subject, target, method).map for task, (what, target) in asked.items() if task in run.tasks}
 
 # %% ../nbs/88_nodule_report.ipynb #3df9ae94
 MARKS = {"reader": (SKY, "reader's contour"), "contour": (ORANGE, "model's contour"), "model": (PURPLE, "model's prediction")}

@@ -1,0 +1,172 @@
+"""The explorers in real JupyterLab, used as a reader would, and their still pictures through papermill; on a small run trained here."""
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+from lab import ROOT, Lab, Notebook, until
+from playwright.sync_api import Locator
+from test_runs import papermill
+
+from thyroid_rlar.opened import open_run
+from thyroid_rlar.runs import check_parameters, load_data, make_trainer, open_source, run_folder
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("explored") / "run"
+    s = check_parameters(dict(source="folder", data_dir="data/phantom", out_dir=str(folder), image_size="64x96", stride=8, epochs=6, batch_size=4,
+                              device="cpu", folds=3))
+    make_trainer(s, load_data(s, open_source(s), progress=False), run_folder(s)).fit()
+    (folder / "metrics.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    with Lab(tmp_path_factory.mktemp("lab")) as lab: yield lab
+
+
+@pytest.fixture(scope="module")
+def opened(lab, run_dir):
+    nb = nbformat.read(ROOT / "nbs/explore.ipynb", as_version=4)
+    parameters = next(c for c in nb.cells if "parameters" in c.metadata.get("tags", []))
+    parameters.source = f"run_dir, images, beside = {str(run_dir)!r}, 'unseen', []"
+    opened = lab.open(nb, "explore.ipynb").run_all(300)
+    opened.settle()
+    yield opened
+    assert not opened.errors and not opened.console, (opened.errors, opened.console)
+    opened.close()
+
+
+def explorer(opened: Notebook, number: int) -> Locator:
+    found = opened.page.locator(".rlar-explorer").nth(number)
+    found.wait_for(timeout=60_000)
+    found.scroll_into_view_if_needed()
+    return found
+
+
+def plots(box: Locator) -> Locator:
+    box.locator(".js-plotly-plot .main-svg").first.wait_for(timeout=60_000)
+    found, drawn = box.locator(".js-plotly-plot"), "all => all.every(p => p._fullData && p._fullData.length)"
+    until(lambda: found.evaluate_all(drawn), "all figures are drawn", box.page)
+    return found
+
+
+
+def chosen(box: Locator) -> str:
+    "The image that the explorer's list of nodules shows."
+    return box.locator(".widget-inline-hbox").filter(has=box.page.locator(".widget-label:text-is('nodule')")).locator("select").evaluate(
+        "s => s.options[s.selectedIndex].text")
+
+
+def test_every_cell_runs_without_an_error(opened, lab):
+    assert not opened.errors and not opened.console, (opened.errors, opened.console)
+    for number, name in enumerate(("latent", "angle", "attribution")): opened.screenshot(lab.screenshots / f"{name}.png", explorer(opened, number))
+    opened.screenshot(lab.screenshots / "report.png", opened.page.locator(".nodule-report").first)
+
+
+def test_a_click_opens_a_nodule_and_arrows_move_on(opened, run_dir):
+    run, box = open_run(run_dir, progress=False), explorer(opened, 0)
+    box.get_by_role("button", name="PCA", exact=True).click()
+    opened.settle()
+    drawing, before = plots(box).first, chosen(box)
+    xs, ys = (opened.data(drawing, 0, axis) for axis in "xy")
+    other = next(k for k, row in enumerate(run.rows) if str(run.table.image_id[row]) != before)
+    opened.click_point(drawing, (xs[other], ys[other]))
+    until(lambda: chosen(box) != before, "the click opens another nodule", opened.page)
+    clicked = chosen(box)
+    box.locator(".widget-label:text-is('nodule')").click()                  # the explorer has the focus
+    opened.page.keyboard.press("ArrowRight")
+    until(lambda: chosen(box) != clicked, "the arrow key goes on", opened.page)
+    opened.page.keyboard.press("ArrowLeft")
+    until(lambda: chosen(box) == clicked, "and back", opened.page)
+
+
+def test_sliders_move_mask_and_grade(opened):
+    box = explorer(opened, 0)
+    bars = plots(box).nth(2)
+    before = opened.data(bars, 1)
+    opened.key("risk step", "ArrowRight", 3)
+    until(lambda: opened.data(bars, 1) != before, "the grade's probabilities move with the slider", opened.page)
+    model = [trace for trace in range(4) if plots(box).nth(1).evaluate("(p, k) => (p._fullData[k] || {}).name", trace) == "model"]
+    before = plots(box).nth(1).evaluate("(p, k) => JSON.stringify(p._fullData[k].x)", model[0])
+    opened.drag("segmentation step", 0.95)
+    until(lambda: plots(box).nth(1).evaluate("(p, k) => JSON.stringify(p._fullData[k].x)", model[0]) != before, "the mask moves", opened.page)
+
+
+def test_a_lasso_gives_a_cohort(opened, lab):
+    box = explorer(opened, 0)
+    drawing = plots(box).first
+    xs, ys = (opened.data(drawing, 0, axis) for axis in "xy")
+    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+    w, h = 0.04 * (right - left), 0.04 * (high - low)
+    opened.lasso(drawing, [(left - w, low - h), (right + w, low - h), (right + w, high + h), (left - w, high + h), (left - w, low - h)])
+    until(lambda: box.get_by_text("Cohort within the lasso").is_visible(), "the cohort shows", opened.page)
+    assert box.get_by_text("as CSV").is_visible()
+    opened.screenshot(lab.screenshots / "cohort.png", box)
+
+
+def test_the_plane_grows_and_the_sliders_live(opened, lab):
+    box = explorer(opened, 0)
+    count = plots(box).count()
+    box.get_by_role("button", name="draw the plane of both steps").click()
+    until(lambda: plots(box).count() > count, "the plane appears", opened.page, 60)
+    opened.key("segmentation step", "ArrowLeft", 1)
+    opened.settle()
+    opened.screenshot(lab.screenshots / "plane.png", box)
+
+
+def test_epochs_and_places_of_the_angle(opened, lab):
+    box = explorer(opened, 1)
+    box.get_by_role("button", name="PCA", exact=True).click()
+    opened.settle()
+    drawing = plots(box).first
+    number = drawing.evaluate("p => p._fullData.findIndex(t => t.name === 'map: nodules')")
+    before = opened.data(drawing, number, "x")
+    opened.key("map at epoch", "ArrowLeft", 1)
+    until(lambda: opened.data(drawing, number, "x") != before, "the map moves to another epoch", opened.page)
+    title = drawing.inner_text()
+    box.get_by_role("button", name="map", exact=True).click()
+    until(lambda: drawing.inner_text() != title, "another place of the angle", opened.page)
+    opened.screenshot(lab.screenshots / "angle-map.png", box)
+
+
+def test_other_targets_are_attributed(opened, lab):
+    box = explorer(opened, 2)
+    pictures = "p => JSON.stringify(p._fullData.map(t => t.source || (t.z && Array.from(t.z[0] || [])) || null))"
+    drawing = plots(box).first
+    before = drawing.evaluate(pictures)
+    targets = opened.page.locator(".widget-inline-hbox").filter(has=opened.page.locator(".widget-label:text-is('target')")).locator("select")
+    targets.select_option(index=2)
+    until(lambda: drawing.evaluate(pictures) != before, "the attribution changes with the target", opened.page, 90)
+    opened.settle()
+    opened.screenshot(lab.screenshots / "attribution-target.png", box)
+
+
+def test_in_the_dark(lab, run_dir, tmp_path_factory):
+    nb = nbformat.read(ROOT / "nbs/explore.ipynb", as_version=4)
+    parameters = next(c for c in nb.cells if "parameters" in c.metadata.get("tags", []))
+    parameters.source = f"run_dir, images, beside = {str(run_dir)!r}, 'unseen', []"
+    keep = [c for c in nb.cells if c.cell_type == "code" and "Attribution" not in c.source.splitlines()[0] and "report" not in c.source]
+    nb.cells = keep
+    with Lab(tmp_path_factory.mktemp("dark"), "dark") as dark:
+        opened = dark.open(nb, "dark.ipynb")
+        opened.run_all(300)
+        box = explorer(opened, 0)
+        paper = "p => p._fullLayout.paper_bgcolor"
+        until(lambda: plots(box).first.evaluate(paper) == "#111111", "figures are dark, too", opened.page)
+        opened.screenshot(lab.screenshots / "latent-dark.png", box)
+        assert not opened.errors and not opened.console
+        opened.close()
+
+
+def test_still_pictures_through_papermill(run_dir, tmp_path):
+    done = papermill("explore.ipynb", tmp_path / "explore.ipynb", "-p", "run_dir", run_dir, "-p", "nodules", 1, "-p", "out_dir", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pages = sorted(tmp_path.glob("nodule-*.html"))
+    assert pages and all("no medical device" in page.read_text() for page in pages)
+    outputs = [o for c in json.loads((tmp_path / "explore.ipynb").read_text())["cells"] for o in c.get("outputs", [])]
+    assert sum("application/vnd.plotly.v1+json" in o.get("data", {}) for o in outputs) >= 2 + 2 * len(pages)
+    wrong = papermill("explore.ipynb", tmp_path / "out.ipynb", "-p", "run_dir", run_dir, "-p", "nodule", 3)
+    assert wrong.returncode != 0 and "unknown parameter nodule" in wrong.stderr
