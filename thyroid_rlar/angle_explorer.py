@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LINES', 'Course', 'read_course', 'course_lines', 'AngleState', 'AngleExplorer', 'LiveAngles']
 
-# %% ../nbs/84_angle_explorer.ipynb #d46cf2d0
+# %% ../nbs/84_angle_explorer.ipynb #37b3b798
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
-# %% ../nbs/84_angle_explorer.ipynb #360c231f
+# %% ../nbs/84_angle_explorer.ipynb #1a5723b1
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
@@ -20,18 +20,19 @@ from fastcore.basics import patch
 from IPython.display import display
 from plotly.subplots import make_subplots
 
-# %% ../nbs/84_angle_explorer.ipynb #fea6aa16
+# %% ../nbs/84_angle_explorer.ipynb #b196d7e4
 from .explorers import Explorer
-from .figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, TEMPLATE, VERMILLION, as_text, cosine_quantiles
+from .figures import BLUE, GREEN, ORANGE, PURPLE, SKY, TEMPLATE, VERMILLION, as_text, cosine_quantiles
 from .files import read_whole, resolve
 from .latent import MAPS, LatentMap, latent_map, saved_latents
-from .latent_explorer import LatentExplorer, paint
+from .latent_explorer import LatentExplorer
+from .latent_figures import paint
 from .opened import OpenRun, open_trainer
 from .rlar import WHERE
 from .runs import recorded_settings
 from .training import Trainer
 
-# %% ../nbs/84_angle_explorer.ipynb #1f952b5c
+# %% ../nbs/84_angle_explorer.ipynb #aa0f2d02
 @dataclass(frozen=True)
 class Course:
     "A run's tables over the epochs."
@@ -50,7 +51,7 @@ def _apart(courses: Sequence[Course]) -> list[Course]:
     names = [c.name for c in courses]
     return [replace(c, name=f"{c.name} ({names[:k].count(c.name) + 1})" if names.count(c.name) > 1 else c.name) for k, c in enumerate(courses)]
 
-# %% ../nbs/84_angle_explorer.ipynb #a363c58e
+# %% ../nbs/84_angle_explorer.ipynb #47137808
 LINES = {  # what is drawn of each run: row and column of its panel, dash
     "wide": (1, 1, None), "narrow": (1, 1, None), "median": (1, 1, "solid"), "excess": (2, 1, "solid"), "excess_shuffled": (2, 1, "dash"),
     "strength": (2, 2, "solid"), "norm_seg": (3, 1, "solid"), "norm_risk": (3, 1, "dash"), "through_z": (3, 2, "solid"),
@@ -74,7 +75,7 @@ def course_lines(course: Course, where: str, split: str) -> dict[str, tuple[np.n
         else: lines[name] = np.zeros(0), np.zeros(0)
     return lines
 
-# %% ../nbs/84_angle_explorer.ipynb #8b8fa86b
+# %% ../nbs/84_angle_explorer.ipynb #6e40865f
 @dataclass
 class AngleState:
     "What the angle explorer shows."
@@ -90,7 +91,7 @@ def _watched(run: OpenRun) -> OpenRun:
     if not kept.any(): raise ValueError(f"run {run.name}: none of its {len(run.table)} images was watched in training, so there is no course to show")
     return replace(run, table=run.table[kept], latents=run.latents[kept])
 
-# %% ../nbs/84_angle_explorer.ipynb #b0b9a982
+# %% ../nbs/84_angle_explorer.ipynb #94c0dcd0
 class AngleExplorer(Explorer):
     "The angle between a run's tasks over the epochs, other runs beside it, and the latent space at each epoch."
     State = AngleState
@@ -99,7 +100,8 @@ class AngleExplorer(Explorer):
         self.maps = LatentExplorer(run, method=chosen.get("method", "pca"))
         self.beside = [c if isinstance(c, Course) else read_course(c) for c in beside]
         run = _watched(run)
-        super().__init__(run, **{"row": run.rows[0], "where": run.rlar.where, "split": self.splits(run)[-1], "epoch": (run.epochs() or [None])[-1]} | chosen)
+        usual = {"where": run.rlar.where, "split": self.splits(run)[-1], "epoch": (run.epochs() or [None])[-1]}
+        super().__init__(run, **usual | chosen)
 
     @staticmethod
     def splits(run: OpenRun) -> list[str]: return [s for s in ("train", "val") if (run.nodules.split == s).any()]
@@ -119,7 +121,7 @@ class AngleExplorer(Explorer):
         "The chosen nodule's rows of nodules.parquet, in the order of epochs."
         return self.run.nodules[self.run.nodules.image_id == self.run.table.image_id[self.state.row]].sort_values("epoch")
 
-# %% ../nbs/84_angle_explorer.ipynb #4dc6c33b
+# %% ../nbs/84_angle_explorer.ipynb #b0149d67
 @patch
 def map(self: AngleExplorer) -> LatentMap:
     "The map by the state's method as far as it is there; the PCA while a UMAP is being made."
@@ -135,10 +137,12 @@ def places(self: AngleExplorer, drawn: LatentMap) -> dict[str, tuple[np.ndarray,
     pair = lambda t: (t.x.to_numpy(float), t.y.to_numpy(float))
     return {"nodules": pair(at), "its way here": pair(own), "chosen nodule": pair(own[-1:])}
 
-# %% ../nbs/84_angle_explorer.ipynb #f6231b70
+# %% ../nbs/84_angle_explorer.ipynb #1c888e4d
 _RUNS = (BLUE, ORANGE, GREEN, PURPLE, SKY, "#8C6D31")
-_TITLES = ("", "", "excess: E solid, E0 dashed", "strength (|λ grad R| / |grad of the tasks|)", "gradient norm at z: segmentation solid, grade dashed",
-           "skip ratio (share of the gradient through z)")
+_TITLES = ("", "", "excess: E solid, E0 dashed", "strength (|λ grad R| / |grad of the tasks|)",
+           "gradient norm at z: segmentation solid, grade dashed", "skip ratio (share of the gradient through z)")
+
+_LOG = dict(tickvals=(ticks := [float(f"{m}e{e}") for e in range(-9, 4) for m in (1, 2, 5)]), ticktext=[f"{t:g}" for t in ticks])
 
 def _fade(color: str, opacity: float) -> str: return f"rgba({', '.join(str(int(color[k:k + 2], 16)) for k in (1, 3, 5))}, {opacity})"
 
@@ -149,26 +153,30 @@ def _add_course(fig: go.Figure, name: str, lines: dict, color: str) -> None:
         if dash is None: fig.add_scatter(**style, fill="toself", fillcolor=_fade(color, 0.14), mode="lines", line_width=0, hoverinfo="skip")
         else: fig.add_scatter(**style, mode="lines+markers", marker_size=4, line=dict(color=color, dash=dash), hovertemplate="epoch %{x}: %{y:.3g}")
 
-# %% ../nbs/84_angle_explorer.ipynb #0c131bce
+# %% ../nbs/84_angle_explorer.ipynb #0401e3f3
 @patch
 def static(self: AngleExplorer) -> go.Figure:
     "The state as one figure; the live one is made from it."
     s, fig = self.state, make_subplots(3, 2, horizontal_spacing=0.1, vertical_spacing=0.12, subplot_titles=[t or " " for t in _TITLES])
     for course, color in zip(self.courses(), _RUNS * 9): _add_course(fig, course.name, course_lines(course, s.where, s.split), color)
     path = self.path()
-    fig.add_scatter(x=path.epoch, y=path[f"cos_{s.where}"], name="chosen nodule", mode="lines+markers", line=dict(color=VERMILLION, width=3), row=1, col=1)
+    own = dict(name="chosen nodule", mode="lines+markers", line=dict(color=VERMILLION, width=3))
+    fig.add_scatter(x=path.epoch, y=path[f"cos_{s.where}"], row=1, col=1, **own)
     drawn = self.map()
     places, colors = self.places(drawn), paint(self.run, "grade_index").colors
     names = [as_text(f"{n}, grade {g}") for n, g in zip(self.run.table.image_id, self.run.table.grade)]
     styles = {"nodules": dict(mode="markers", marker=dict(size=9, color=colors), text=names, hovertemplate="%{text}<extra></extra>"),
               "its way here": dict(mode="lines", line=dict(color=VERMILLION, width=2, dash="dot"), hoverinfo="skip"),
               "chosen nodule": dict(mode="markers", marker=dict(symbol="circle-open", size=18, color=VERMILLION, line_width=4), hoverinfo="skip")}
-    for name, style in styles.items(): fig.add_scatter(x=places[name][0], y=places[name][1], name=f"map: {name}", showlegend=False, row=1, col=2, **style)
+    for name, style in styles.items():
+        x, y = places[name]
+        fig.add_scatter(x=x, y=y, name=f"map: {name}", showlegend=False, row=1, col=2, **style)
     fig.update_layout(template=TEMPLATE, height=820, width=1080, uirevision="angles", margin=dict(l=60, r=20, t=70, b=50))
     self._say_what(fig)
     self._dress_axes(fig, drawn)
     return fig.update_annotations(font_size=13).update_xaxes(title_standoff=4).update_yaxes(title_standoff=4)
 
+# %% ../nbs/84_angle_explorer.ipynb #97955d9e
 @patch
 def _say_what(self: AngleExplorer, fig: go.Figure) -> None:
     "Titles of the two panels that depend on the state."
@@ -181,14 +189,16 @@ def _dress_axes(self: AngleExplorer, fig: go.Figure, drawn: LatentMap) -> None:
     "Axes that hold all epochs; so those of the map do not move with the epoch."
     last = max((c.history.epoch.max() for c in self.courses() if len(c.history)), default=1)
     fig.update_xaxes(range=[-0.5, last + 0.5], tickformat="d", title_text="epoch").update_yaxes(rangemode="tozero")
-    fig.update_yaxes(rangemode="normal", row=1, col=1).update_yaxes(type="log", dtick="D2", rangemode="normal", row=3, col=1).update_yaxes(range=[0, 1.05], row=3, col=2)
+    fig.update_yaxes(rangemode="normal", row=1, col=1).update_yaxes(type="log", rangemode="normal", row=3, col=1, **_LOG)
+    fig.update_yaxes(range=[0, 1.05], row=3, col=2)
     at = drawn.before if len(drawn.before) else drawn.now
     for update, axis, title in ((fig.update_xaxes, "x", drawn.axes[0]), (fig.update_yaxes, "y", drawn.axes[1])):
         low, high = at[axis].min(), at[axis].max()
         edge = 0.06 * (high - low) or 1.0
+        title = title.replace(" of the variance", "")
         update(range=[float(low - edge), float(high + edge)], title_text=title, rangemode="normal", tickformat="", row=1, col=2)
 
-# %% ../nbs/84_angle_explorer.ipynb #433325c7
+# %% ../nbs/84_angle_explorer.ipynb #7ee207b5
 @patch
 def build(self: AngleExplorer) -> widgets.Widget:
     epochs = self.run.epochs()
@@ -228,7 +238,7 @@ def update(self: AngleExplorer, changed: set[str]) -> None:
         self.work("map", self.maps.make_map(), lambda done: done and self._map_made())
     self.note.value = escape(" ".join(self.words()))
 
-# %% ../nbs/84_angle_explorer.ipynb #c4c1f4d2
+# %% ../nbs/84_angle_explorer.ipynb #4aedbede
 @patch
 def _draw_courses(self: AngleExplorer) -> None:
     traces = iter(self.fig.data)
@@ -263,7 +273,7 @@ def close(self: AngleExplorer) -> None:
     if self._view is not None: self.points.on_click(None)
     super(AngleExplorer, self).close()
 
-# %% ../nbs/84_angle_explorer.ipynb #391b2e1c
+# %% ../nbs/84_angle_explorer.ipynb #6ee83954
 @patch
 def refresh(self: AngleExplorer, history: pd.DataFrame, nodules: pd.DataFrame) -> None:
     "Take in what a run has recorded since; the view follows."

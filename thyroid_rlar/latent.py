@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 
 # %% ../nbs/77_latent.ipynb #bbe5eecd
 import numpy as np
@@ -39,6 +40,7 @@ def standardise(z: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
 # %% ../nbs/77_latent.ipynb #7a7aef7c
 MAPS = ("umap", "pca")
 FEWEST = 10                 # images, below which a UMAP has no neighbourhoods to keep
+_ONE = Lock()               # numba's own threads must not be called from two threads at once
 
 def _pca(z: np.ndarray, others: Sequence[np.ndarray]) -> tuple[list[np.ndarray], tuple[str, str]]:
     "The first two principal components of z (N,C), and each of the others in them: (N,2) each; titles of the axes with their share of the variance."
@@ -52,8 +54,9 @@ def _pca(z: np.ndarray, others: Sequence[np.ndarray]) -> tuple[list[np.ndarray],
 def _umap(z: np.ndarray, others: Sequence[np.ndarray], seed: int) -> tuple[list[np.ndarray], tuple[str, str]]:
     "A UMAP of z (N,C), N at least `FEWEST`, and the others put into it: (N,2) each."
     from umap import UMAP  # numba compiles: half a minute, the first time
-    fitted = UMAP(n_neighbors=min(15, len(z) - 1), random_state=seed, n_jobs=1)
-    return [fitted.fit_transform(z), *(fitted.transform(x) for x in others)], ("UMAP 1", "UMAP 2")
+    with _ONE:
+        fitted = UMAP(n_neighbors=min(15, len(z) - 1), random_state=seed, n_jobs=1)
+        return [fitted.fit_transform(z), *(fitted.transform(x) for x in others)], ("UMAP 1", "UMAP 2")
 
 # %% ../nbs/77_latent.ipynb #46356005
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def lay_out(z: pd.DataFrame, before: dict[int, pd.DataFrame], method: str = "uma
     few = method == "umap" and len(z) < FEWEST
     now, *others = (standardise(t.to_numpy(), z.to_numpy()) for t in (z, *before.values()))
     (first, *rest), axes = _pca(now, others) if few or method == "pca" else _umap(now, others, seed)
-    as_table = lambda t, p, **more: pd.DataFrame(more | {"image_id": t.index, "x": p[:, 0].astype("float32"), "y": p[:, 1].astype("float32")})
+    as_table = lambda t, p, **more: pd.DataFrame(more | {"image_id": t.index.astype(str), **dict(zip("xy", p.T.astype("float32")))})
     tables = [as_table(t, p, epoch=e) for (e, t), p in zip(before.items(), rest)]
     earlier = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["epoch", "image_id", "x", "y"])
     note = f"PCA instead of UMAP, which needs at least {FEWEST} images: there are {len(z)}." if few else ""
@@ -228,7 +231,8 @@ class Traversal(Encoded):
         "Steps along both directions, in shares of |z|: two numbers, or n of either."
         a, b = (torch.tensor(np.ravel(s), dtype=self.z.dtype, device=self.z.device)[:, None, None, None] for s in np.broadcast_arrays(seg, risk))
         moving = np.any(seg) or np.any(risk)                         # at the start no direction is needed
-        z = self.z + self.size * (a * self.directions[0] + b * self.directions[2 if orthogonal else 1]) if moving else self.z.expand(len(a), -1, -1, -1)
+        if moving: z = self.z + self.size * (a * self.directions[0] + b * self.directions[2 if orthogonal else 1])
+        else: z = self.z.expand(len(a), -1, -1, -1)
         answers = mask_logits, grade_logits, evidence, _ = self.answer(z, self.batch["valid"])
         wide = lambda t: t.expand(len(z), -1, -1, -1)
         dice = batch_dice(mask_logits, wide(self.start).float(), wide(self.batch["valid"]))
