@@ -6,7 +6,7 @@
 __all__ = ['AGAINST', 'FOR', 'STRONG', 'UNITS', 'WIDTH', 'SHOWN', 'DETAILS', 'overlay', 'colour_limit', 'label', 'unit', 'Panel',
            'frame', 'fill_panel', 'fill_bars', 'AttributionState', 'targets', 'AttributionExplorer']
 
-# %% ../nbs/86_attribution_explorer.ipynb #f9c7702b
+# %% ../nbs/86_attribution_explorer.ipynb #522e2945
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from html import escape
 from textwrap import wrap
 from typing import NamedTuple
 
-# %% ../nbs/86_attribution_explorer.ipynb #9d01465b
+# %% ../nbs/86_attribution_explorer.ipynb #6533b5e7
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
@@ -25,14 +25,14 @@ import plotly.graph_objects as go
 from fastcore.basics import patch
 from plotly.subplots import make_subplots
 
-# %% ../nbs/86_attribution_explorer.ipynb #e96387a2
+# %% ../nbs/86_attribution_explorer.ipynb #ce1998f9
 from .attribution import (METHODS, Attribution, Attributor, Method, Progress, Subject, Target, look, nodule_regions, region_shares,
                                       risk_split, sanity_check)
 from .explorers import CONTOURS, Explorer, facts_html, nodule_facts
 from .figures import BLUE, GREY, TEMPLATE, outline, png_address
 from .opened import OpenRun
 
-# %% ../nbs/86_attribution_explorer.ipynb #8a6dac06
+# %% ../nbs/86_attribution_explorer.ipynb #40301f7f
 AGAINST, FOR, STRONG = (208, 28, 139), (77, 172, 38), (240, 228, 66)      # below 0, above 0, magnitude
 
 def overlay(image: np.ndarray, values: np.ndarray, limit: float, signed: bool = True) -> np.ndarray:
@@ -57,7 +57,7 @@ def unit(a: Attribution) -> str:
     if m.name == "occlusion": return f"{of}, fall when covered"
     return f"{of} per unit of grey" if m.name == "noise_tunnel" and m.over == "saliency" else f"{of} per pixel"
 
-# %% ../nbs/86_attribution_explorer.ipynb #ef7b18c8
+# %% ../nbs/86_attribution_explorer.ipynb #60f27a4c
 _PER = 4      # traces a panel: image, two contours, colour scale
 WIDTH = 262   # pixels of a panel
 
@@ -101,7 +101,7 @@ def _add_panel(fig: go.Figure, k: int, row: int, col: int, size: tuple[int, int]
                title=dict(side="bottom", font_size=11), tickfont_size=11)
     fig.layout[f"coloraxis{k + 1 if k else ''}"] = dict(cmin=-1, cmax=1, showscale=False, colorbar=bar)
 
-# %% ../nbs/86_attribution_explorer.ipynb #f1993ff9
+# %% ../nbs/86_attribution_explorer.ipynb #9978ae6a
 def _columns(fig: go.Figure) -> int: return (len(fig.data) // _PER + 1) // 2
 
 def _scale(signed: bool) -> list:
@@ -133,8 +133,8 @@ def fill_bars(fig: go.Figure, shares: pd.DataFrame | None, title: str) -> None:
     bars.update(x=shares.share, y=shares.region, text=["" if d != d else f"{d:.1f} × even" for d in shares.density], textposition="auto")
     even.update(x=shares.even, y=shares.region)
 
-# %% ../nbs/86_attribution_explorer.ipynb #d1d0fe03
-SHOWN = (Method("grad_cam"), Method(), Method("noise_tunnel", samples=6, steps=12), Method("occlusion"))
+# %% ../nbs/86_attribution_explorer.ipynb #f192922d
+SHOWN = (Method("grad_cam"), Method(), Method("noise_tunnel", samples=6, steps=12), Method("occlusion", window=24, stride=12))
 DETAILS = {"nothing": "maps only", "parts": "guided and free", "random": "random weights"}
 
 @dataclass
@@ -156,6 +156,7 @@ def targets(run: OpenRun) -> dict[str, Target]:
 class AttributionExplorer(Explorer):
     "Attributions of a run's nodules; `methods` are shown side by side."
     State = AttributionState
+    _controls = ("target", "method", "signed", "detail")
 
     def __init__(self, run: OpenRun, methods: Sequence[Method] = SHOWN, **chosen):
         self.methods, self.targets = {label(m): m for m in methods}, targets(run)
@@ -171,7 +172,7 @@ class AttributionExplorer(Explorer):
         for name, allowed in (("target", self.targets), ("method", self.methods), ("detail", DETAILS)):
             if getattr(state, name) not in allowed: raise ValueError(f"{name}: found {getattr(state, name)!r}, expected one of {', '.join(allowed)}")
 
-# %% ../nbs/86_attribution_explorer.ipynb #03f37373
+# %% ../nbs/86_attribution_explorer.ipynb #167fddcd
 @patch
 def subject(self: AttributionExplorer) -> Subject:
     "The chosen nodule as the network sees it."
@@ -203,7 +204,7 @@ def shares(self: AttributionExplorer, method: str | None = None) -> pd.DataFrame
     "`region_shares` of an attribution; None without a nodule."
     return None if (regions := self.regions()) is None else region_shares(self.attribution(method).map, regions)
 
-# %% ../nbs/86_attribution_explorer.ipynb #359e9fd7
+# %% ../nbs/86_attribution_explorer.ipynb #81ffc5b9
 @patch
 def why_not(self: AttributionExplorer) -> str:
     "Why the chosen detail cannot be had; empty where it can."
@@ -231,7 +232,7 @@ def _detail_job(self: AttributionExplorer) -> tuple[tuple | None, Callable[[Prog
 
 def _split(a: Attributor, s: Subject, target: Target, m: Method, progress: Progress | None) -> list[tuple[str, Attribution]]:
     split = risk_split(a, s, target, m, progress)
-    adds_up = m.name == "integrated_gradients" or m.name == "noise_tunnel" and m.over == m.__class__.name
+    adds_up = m.name == "integrated_gradients" or m.name == "noise_tunnel" and m.over == "integrated_gradients"
     text = lambda part: f"<br>sum {_number(split[part].total)} of {_number(split['whole'].total)}" if adds_up else "<br> "
     return [(f"through the {part} half{text(part)}", split[part]) for part in ("guided", "free")]
 
@@ -242,7 +243,7 @@ def _random(a: Attributor, s: Subject, target: Target, m: Method, progress: Prog
 
 def _number(x: float) -> str: return f"{x:.3g}".replace("-", "−") if x == x else "undefined"
 
-# %% ../nbs/86_attribution_explorer.ipynb #bd01e133
+# %% ../nbs/86_attribution_explorer.ipynb #d843743e
 @patch
 def panels(self: AttributionExplorer) -> list[Panel]:
     "The upper row, a panel for each method, and the lower one: the chosen detail."
@@ -277,7 +278,7 @@ def static(self: AttributionExplorer) -> go.Figure:
     text = f"{self.state.target}, image {self.run.table.image_id[self.state.row]}"
     return fig.update_layout(title=dict(text=escape(text), font_size=14, x=.01, y=.995, yanchor="top"))
 
-# %% ../nbs/86_attribution_explorer.ipynb #3207cfd9
+# %% ../nbs/86_attribution_explorer.ipynb #fe765205
 @patch
 def build(self: AttributionExplorer) -> widgets.Widget:
     self._target, self._method = (widgets.Dropdown(options=list(options), description=name, layout=dict(width="300px"))
@@ -290,12 +291,9 @@ def build(self: AttributionExplorer) -> widgets.Widget:
     return widgets.VBox([widgets.HBox([self.chooser(), self._target, self._method]), widgets.HBox([self._signed, self._detail, self._bar, self._doing]),
                          self.fig, self.facts])
 
-AttributionExplorer._controls = ("target", "method", "signed", "detail")
-
 @patch
 def update(self: AttributionExplorer, changed: set[str]) -> None:
-    wanted = self.state                                    # a control that is set below reports its old neighbours' state
-    for name in self._controls: getattr(self, f"_{name}").value = getattr(wanted, name)
+    for name in self._controls: getattr(self, f"_{name}").value = getattr(self.state, name)
     self.refresh()
     self.ask()
 
@@ -312,7 +310,7 @@ def _numbers(a: Attribution | None) -> dict[str, str]:
     if a.delta == a.delta: found["sum of the map"] = f"{_number(a.total)}, of a difference of {_number(a.difference)}, in {a.steps or a.method.steps} steps"
     return found
 
-# %% ../nbs/86_attribution_explorer.ipynb #69aa03c0
+# %% ../nbs/86_attribution_explorer.ipynb #03b93cd1
 class _Stopped(Exception): "Nobody waits for it any more."
 
 @patch
