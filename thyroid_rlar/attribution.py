@@ -7,14 +7,14 @@ __all__ = ['KINDS', 'PARTS', 'Progress', 'METHODS', 'Target', 'check_target', 'S
            'baseline', 'Attribution', 'Attributor', 'attribute', 'Planted', 'planted_phantom', 'nodule_regions',
            'region_shares', 'risk_split', 'randomised', 'similarity', 'sanity_check']
 
-# %% ../nbs/76_attribution.ipynb #a8cc7e83
+# %% ../nbs/76_attribution.ipynb #f5026533
 import copy
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-# %% ../nbs/76_attribution.ipynb #a14d0b91
+# %% ../nbs/76_attribution.ipynb #489e58ce
 import numpy as np
 import pandas as pd
 import torch
@@ -23,13 +23,13 @@ from scipy.stats import spearmanr
 from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 
-# %% ../nbs/76_attribution.ipynb #6abbf701
+# %% ../nbs/76_attribution.ipynb #fed3c158
 from .bmode import Scanner, Tissue, add_spots, insonify, log_compress
 from .bmode import inside as soft
 from .files import fingerprint
 from .network import MultitaskNet
 
-# %% ../nbs/76_attribution.ipynb #2001fd35
+# %% ../nbs/76_attribution.ipynb #1963e6d2
 KINDS = {"mask": "mean mask logit in the predicted mask", "grade": "log-probability of a grade", "next": "log-odds of a grade above the predicted one",
          "evidence": "evidence item, scaled units"}
 PARTS = ("whole", "guided", "free")
@@ -52,7 +52,7 @@ def check_target(net: MultitaskNet, target: Target) -> None:
         raise ValueError(f"target: found the {target.part} part of {target.kind!r} with network {net.settings.network}; expected a grade, or the next, of "
                          "a guided risk head")
 
-# %% ../nbs/76_attribution.ipynb #81d3310f
+# %% ../nbs/76_attribution.ipynb #8fc1c2ec
 @dataclass(frozen=True, eq=False)
 class Subject:
     "An image, and what stays fixed while its pixels change."
@@ -77,7 +77,7 @@ def look(net: MultitaskNet, image: Tensor, valid: Tensor) -> Subject:
     grade = min(int((p.cumsum(0) < 0.5).sum()), len(p) - 1)
     return Subject(image, valid, region if region.any() else valid, grade)
 
-# %% ../nbs/76_attribution.ipynb #20f029c6
+# %% ../nbs/76_attribution.ipynb #86729cc4
 Progress = Callable[[int, int], None]     # images done, images expected
 
 class Readout(nn.Module):
@@ -124,7 +124,7 @@ def layers(net: MultitaskNet) -> list[str]:
     used = strides if net.fuse is None else strides[-len(net.fuse.lateral):]
     return ["z", *(f"stride {s}" for s in reversed(used))]
 
-# %% ../nbs/76_attribution.ipynb #6b050be8
+# %% ../nbs/76_attribution.ipynb #bd62f9f0
 METHODS = {"integrated_gradients": "integrated gradients", "grad_cam": "layer Grad-CAM", "occlusion": "occlusion", "noise_tunnel": "noise tunnel"}
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def baseline(subject: Subject, method: Method) -> Tensor:
     blur = lambda a: ndi.gaussian_filter(a, method.blur)
     return torch.from_numpy(blur(image) / np.maximum(blur(valid), 1e-9) * valid).to(subject.image)[None, None]
 
-# %% ../nbs/76_attribution.ipynb #11f7b081
+# %% ../nbs/76_attribution.ipynb #ea93578f
 @dataclass(frozen=True, eq=False)
 class Attribution:
     "A map and what it adds up to, in the target's units."
@@ -174,7 +174,7 @@ class Attribution:
     @property
     def total(self) -> float: return float(self.map.sum(dtype=np.float64))
 
-# %% ../nbs/76_attribution.ipynb #254f1ce2
+# %% ../nbs/76_attribution.ipynb #a8f2c7f5
 def _integrate(readout: Readout, s: Subject, against: Tensor, m: Method, difference: float) -> tuple[Tensor, float, int]:
     "Map, convergence delta and the steps that it took; a part of the embedding promises no sum, so the given steps are taken."
     from captum.attr import IntegratedGradients
@@ -214,7 +214,7 @@ def _through_noise(readout: Readout, s: Subject, against: Tensor, m: Method) -> 
             return_convergence_delta=True, **many)
     return found, delta.mean().item() if readout.target.part == "whole" else float("nan")
 
-# %% ../nbs/76_attribution.ipynb #1806b505
+# %% ../nbs/76_attribution.ipynb #63ca6d12
 class Attributor:
     "Attributions of one network, kept in memory by image, target, method and state of the weights; the oldest of more than `keep` are forgotten."
     def __init__(self, net: MultitaskNet, keep: int = 500):
@@ -236,7 +236,7 @@ class Attributor:
             while len(self._kept) > self.keep: del self._kept[next(iter(self._kept))]
         return known
 
-# %% ../nbs/76_attribution.ipynb #7dbfb362
+# %% ../nbs/76_attribution.ipynb #ddd51090
 def attribute(net: MultitaskNet, subject: Subject, target: Target, method: Method = Method(), progress: Progress | None = None) -> Attribution:
     "One attribution; `Attributor` keeps them."
     if method.name == "occlusion" and target.part != "whole":
@@ -255,7 +255,7 @@ def attribute(net: MultitaskNet, subject: Subject, target: Target, method: Metho
     values = found.detach()[0, 0].float().cpu().numpy()
     return Attribution(target, method, values, value, value - other, delta, steps, time.perf_counter() - start)
 
-# %% ../nbs/76_attribution.ipynb #7448aaa6
+# %% ../nbs/76_attribution.ipynb #e500bacb
 @dataclass(frozen=True)
 class Planted:
     "A phantom (H,W) with its nodule, and where a rim and foci change the picture."
@@ -283,7 +283,7 @@ def planted_phantom(seed: int, rim: bool, foci: bool, size: tuple[int, int] = (6
     changed = lambda *twin: ndi.binary_dilation(np.abs(image.astype(int) - _paint(seed, *twin, size)[0]) > 12)
     return Planted(image, distance < 0, changed(False, foci), changed(rim, False))
 
-# %% ../nbs/76_attribution.ipynb #2fd049ce
+# %% ../nbs/76_attribution.ipynb #656c6108
 def nodule_regions(mask: np.ndarray, valid: np.ndarray, border: int = 3, ring: int = 12) -> dict[str, np.ndarray]:
     "Nodule (H,W) and sector -> disjoint regions, bool: inside, border (within `border` pixels of it, either side), ring (the next `ring` pixels), outside."
     if mask.shape != valid.shape: raise ValueError(f"mask: found shape {mask.shape}, expected the sector's, {valid.shape}")
@@ -306,7 +306,7 @@ def region_shares(values: np.ndarray, regions: Mapping[str, np.ndarray]) -> pd.D
     table.insert(4, "density", table.share / table.even.where(table.pixels > 0))
     return table
 
-# %% ../nbs/76_attribution.ipynb #5854f4f3
+# %% ../nbs/76_attribution.ipynb #d04ab238
 def risk_split(attributor: Attributor, subject: Subject, target: Target, method: Method = Method(), progress: Progress | None = None
                ) -> dict[str, Attribution]:
     "`whole`, `guided` and `free` attribution of a grade or the next, by a gradient method; the parts take the steps that the whole took and add up to it."
@@ -314,7 +314,7 @@ def risk_split(attributor: Attributor, subject: Subject, target: Target, method:
     same = replace(method, steps=max(whole.steps, 1) if whole.steps else method.steps)
     return {"whole": whole} | {p: attributor(subject, replace(target, part=p), same, progress) for p in ("guided", "free")}
 
-# %% ../nbs/76_attribution.ipynb #a47c29cc
+# %% ../nbs/76_attribution.ipynb #a062fb47
 def randomised(net: MultitaskNet, seed: int = 0) -> Iterator[tuple[str, MultitaskNet]]:
     "Copies of the network with more and more weights as before any training: the heads; also the fused map and the deeper half of the encoder; all."
     with torch.random.fork_rng([]):
@@ -323,7 +323,7 @@ def randomised(net: MultitaskNet, seed: int = 0) -> Iterator[tuple[str, Multitas
     encoder = [k for k in fresh if k.startswith("encoder.")]
     heads = [k for k in fresh if k.startswith(("risk.", "mask.", "rotations."))]
     deep = [k for k in fresh if k.startswith("fuse.")] + encoder[len(encoder) // 2:]
-    stages = {"heads": heads, "and deeper half": deep, "all weights": encoder[:len(encoder) // 2]}
+    stages = {"heads": heads, "heads, deeper half": deep, "all weights": encoder[:len(encoder) // 2]}
     drawn = copy.deepcopy(net)
     for name, keys in stages.items():
         drawn.load_state_dict({k: fresh[k] for k in keys}, strict=False)
