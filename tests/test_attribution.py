@@ -50,7 +50,7 @@ def test_the_rule_has_been_learnt(learnt):
 def test_the_planted_signal_gets_the_attribution(learnt, method):
     """Of nodules that have both, rim and foci: at least three times the rest's attribution per pixel, and three times the share with random weights.
 
-    Occlusion sees no finer than its window, 8 pixels, and the rim is 4 wide: of that share it gets about 2.3 times what random weights give, 2 are asked."""
+    Occlusion sees no finer than its window, 8 pixels, and the rim is 4 wide: there it gets about 2.3 times the random share, so 2 are asked."""
     rule, net = learnt
     valid, shares, randoms, densities = torch.ones(1, 1, 64, 96, dtype=torch.bool), [], [], []
     for seed in range(9000, 9004):

@@ -6,7 +6,7 @@
 __all__ = ['AGAINST', 'FOR', 'STRONG', 'UNITS', 'WIDTH', 'SHOWN', 'DETAILS', 'overlay', 'colour_limit', 'drawn', 'label', 'unit',
            'Panel', 'frame', 'fill_panel', 'fill_bars', 'AttributionState', 'targets', 'AttributionExplorer']
 
-# %% ../nbs/86_attribution_explorer.ipynb #2766c37f
+# %% ../nbs/86_attribution_explorer.ipynb #cf3380c4
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from html import escape
 from textwrap import wrap
 from typing import NamedTuple
 
-# %% ../nbs/86_attribution_explorer.ipynb #c34b100a
+# %% ../nbs/86_attribution_explorer.ipynb #ea377094
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
@@ -25,14 +25,26 @@ import plotly.graph_objects as go
 from fastcore.basics import patch
 from plotly.subplots import make_subplots
 
-# %% ../nbs/86_attribution_explorer.ipynb #e53b65f0
-from .attribution import (METHODS, Attribution, Attributor, Method, Progress, Subject, Target, look, nodule_regions, region_shares,
-                                      risk_split, sanity_check)
+# %% ../nbs/86_attribution_explorer.ipynb #bde3851a
+from thyroid_rlar.attribution import (
+    METHODS,
+    Attribution,
+    Attributor,
+    Method,
+    Progress,
+    Subject,
+    Target,
+    look,
+    nodule_regions,
+    region_shares,
+    risk_split,
+    sanity_check,
+)
 from .explorers import CONTOURS, Explorer, facts_html, nodule_facts
 from .figures import BLUE, GREY, TEMPLATE, outline, png_address
 from .opened import OpenRun
 
-# %% ../nbs/86_attribution_explorer.ipynb #caaba955
+# %% ../nbs/86_attribution_explorer.ipynb #04f1bbbb
 AGAINST, FOR, STRONG = (208, 28, 139), (77, 172, 38), (240, 228, 66)      # below 0, above 0, magnitude
 
 def overlay(image: np.ndarray, values: np.ndarray, limit: float, signed: bool = True) -> np.ndarray:
@@ -51,7 +63,8 @@ def drawn(a: Attribution, signed: bool, image: bytes) -> tuple[float, str]:
 
 def label(m: Method) -> str:
     "A method's name for readers, with what sets it apart."
-    more = {"grad_cam": f" at {m.layer}", "occlusion": f", {m.window} pixels", "noise_tunnel": f" over {'saliency' if m.over == 'saliency' else 'int. gradients'}"}
+    over = "saliency" if m.over == "saliency" else "int. gradients"
+    more = {"grad_cam": f" at {m.layer}", "occlusion": f", {m.window} pixels", "noise_tunnel": f" over {over}"}
     return METHODS[m.name] + more.get(m.name, "")
 
 UNITS = {"mask": "logit", "grade": "log-probability", "next": "log-odds", "evidence": "scaled units"}
@@ -63,7 +76,7 @@ def unit(a: Attribution) -> str:
     if m.name == "occlusion": return f"{of}, fall when covered"
     return f"{of} per unit of grey" if m.name == "noise_tunnel" and m.over == "saliency" else f"{of} per pixel"
 
-# %% ../nbs/86_attribution_explorer.ipynb #add74026
+# %% ../nbs/86_attribution_explorer.ipynb #0adbd589
 _PER = 4      # traces a panel: image, two contours, colour scale
 WIDTH = 262   # pixels of a panel
 
@@ -81,14 +94,18 @@ def frame(size: tuple[int, int], columns: int) -> go.Figure:
     fig = make_subplots(2, columns, subplot_titles=blank, horizontal_spacing=22 / (WIDTH * columns), vertical_spacing=130 / height)
     cells = [(1 + i // columns, 1 + i % columns) for i in range(2 * columns) if i != columns]
     for k, (r, c) in enumerate(cells): _add_panel(fig, k, r, c, size)
-    fig.add_bar(orientation="h", marker_color=BLUE, name="share", showlegend=False, hovertemplate="%{y}: %{x:.1%}<extra></extra>", row=2, col=1)
-    fig.add_scatter(mode="markers", marker=dict(symbol="line-ns", size=18, line=dict(width=3, color=GREY)), name="even spread", showlegend=False,
+    fig.add_bar(orientation="h", marker_color=BLUE, name="share", showlegend=False,
+                hovertemplate="%{y}: %{x:.1%}<extra></extra>", row=2, col=1)
+    tick = dict(symbol="line-ns", size=18, line=dict(width=3, color=GREY))
+    fig.add_scatter(mode="markers", marker=tick, name="even spread", showlegend=False,
                     hovertemplate="an even spread: %{x:.1%}<extra></extra>", row=2, col=1)
-    fig.update_xaxes(title=dict(text="share of the attribution", font_size=12), tickformat=".0%", rangemode="tozero", row=2, col=1)
+    title = dict(text="share of the attribution", font_size=12)
+    fig.update_xaxes(title=title, tickformat=".0%", rangemode="tozero", row=2, col=1)
     fig.update_yaxes(autorange="reversed", row=2, col=1)
     fig.update_annotations(font_size=12, yanchor="bottom")
     legend = dict(orientation="h", x=1, xanchor="right", y=0, yref="container", yanchor="bottom")
-    return fig.update_layout(template=TEMPLATE, width=WIDTH * columns, height=height, margin=dict(l=75, r=10, t=65, b=80), legend=legend, bargap=.35)
+    margin = dict(l=75, r=10, t=65, b=80)
+    return fig.update_layout(template=TEMPLATE, width=WIDTH * columns, height=height, margin=margin, legend=legend, bargap=.35)
 
 def _add_panel(fig: go.Figure, k: int, row: int, col: int, size: tuple[int, int]) -> None:
     h, w = size
@@ -107,7 +124,7 @@ def _add_panel(fig: go.Figure, k: int, row: int, col: int, size: tuple[int, int]
                title=dict(side="bottom", font_size=11), tickfont_size=11, tickformat=".2g")
     fig.layout[f"coloraxis{k + 1 if k else ''}"] = dict(cmin=-1, cmax=1, colorscale=_scale(True), showscale=False, colorbar=bar)
 
-# %% ../nbs/86_attribution_explorer.ipynb #2e69796f
+# %% ../nbs/86_attribution_explorer.ipynb #df526999
 def _columns(fig: go.Figure) -> int: return (len(fig.data) // _PER + 1) // 2
 
 def _scale(signed: bool) -> list:
@@ -140,7 +157,7 @@ def fill_bars(fig: go.Figure, shares: pd.DataFrame | None, title: str) -> None:
     bars.update(x=shares.share, y=shares.region, text=["" if d != d else f"{d:.1f} × even" for d in shares.density], textposition="auto")
     even.update(x=shares.even, y=shares.region)
 
-# %% ../nbs/86_attribution_explorer.ipynb #0acc8665
+# %% ../nbs/86_attribution_explorer.ipynb #dd93fc15
 SHOWN = (Method("grad_cam"), Method(), Method("noise_tunnel", samples=6, steps=12), Method("occlusion", window=24, stride=12))
 DETAILS = {"nothing": "maps only", "parts": "guided and free", "random": "random weights"}
 
@@ -167,7 +184,8 @@ class AttributionExplorer(Explorer):
 
     def __init__(self, run: OpenRun, methods: Sequence[Method] = SHOWN, **chosen):
         self.methods, self.targets = {label(m): m for m in methods}, targets(run)
-        if not 1 <= len(self.methods) == len(methods): raise ValueError(f"methods: found {[label(m) for m in methods]}, expected one or more, all different")
+        if not 1 <= len(self.methods) == len(methods):
+            raise ValueError(f"methods: found {[label(m) for m in methods]}, expected one or more, all different")
         self.attributor, self._subjects, self._around, self._details = Attributor(run.net), {}, {}, {}
         self._pool, self._told = ThreadPoolExecutor(1, "attribution"), (0, 1)
         first = lambda favourite, names: favourite if favourite in names else next(iter(names))
@@ -179,7 +197,7 @@ class AttributionExplorer(Explorer):
         for name, allowed in (("target", self.targets), ("method", self.methods), ("detail", DETAILS)):
             if getattr(state, name) not in allowed: raise ValueError(f"{name}: found {getattr(state, name)!r}, expected one of {', '.join(allowed)}")
 
-# %% ../nbs/86_attribution_explorer.ipynb #67a35d69
+# %% ../nbs/86_attribution_explorer.ipynb #713ec59d
 @patch
 def subject(self: AttributionExplorer) -> Subject:
     "The chosen nodule as the network sees it."
@@ -214,7 +232,7 @@ def shares(self: AttributionExplorer, method: str | None = None) -> pd.DataFrame
     "`region_shares` of an attribution; None without a nodule."
     return None if (regions := self.around()[0]) is None else region_shares(self.attribution(method).map, regions)
 
-# %% ../nbs/86_attribution_explorer.ipynb #93d4698e
+# %% ../nbs/86_attribution_explorer.ipynb #ab291cce
 @patch
 def why_not(self: AttributionExplorer) -> str:
     "Why the chosen detail cannot be had; empty where it can."
@@ -253,7 +271,7 @@ def _random(a: Attributor, s: Subject, target: Target, m: Method, progress: Prog
 
 def _number(x: float) -> str: return f"{x:.3g}".replace("-", "−") if x == x else "undefined"
 
-# %% ../nbs/86_attribution_explorer.ipynb #71804ab1
+# %% ../nbs/86_attribution_explorer.ipynb #b9ff49b7
 @patch
 def panels(self: AttributionExplorer) -> list[Panel]:
     "The upper row, a panel for each method, and the lower one: the chosen detail."
@@ -287,7 +305,7 @@ def static(self: AttributionExplorer) -> go.Figure:
     text = f"{self.state.target}, image {self.run.table.image_id[self.state.row]}"
     return fig.update_layout(title=dict(text=escape(text), font_size=14, x=.01, y=.995, yanchor="top"))
 
-# %% ../nbs/86_attribution_explorer.ipynb #fb528022
+# %% ../nbs/86_attribution_explorer.ipynb #20e6eb17
 @patch
 def build(self: AttributionExplorer) -> widgets.Widget:
     self._target, self._method = (widgets.Dropdown(options=list(options), description=name, layout=dict(width="300px"))
@@ -316,10 +334,11 @@ def _numbers(a: Attribution | None) -> dict[str, str]:
     if a is None: return {}
     of = UNITS[a.target.kind]
     found = {"target": f"{_number(a.value)} ({of}); {_number(a.value - a.difference)} on the {a.method.baseline} baseline"}
-    if a.delta == a.delta: found["sum of the map"] = f"{_number(a.total)}, of a difference of {_number(a.difference)}, in {a.steps or a.method.steps} steps"
+    steps = a.steps or a.method.steps
+    if a.delta == a.delta: found["sum of the map"] = f"{_number(a.total)}, of a difference of {_number(a.difference)}, in {steps} steps"
     return found
 
-# %% ../nbs/86_attribution_explorer.ipynb #f4106c3b
+# %% ../nbs/86_attribution_explorer.ipynb #eaf6c5ed
 class _Stopped(Exception): "Nobody waits for it any more."
 
 @patch
