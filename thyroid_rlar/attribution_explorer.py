@@ -111,10 +111,10 @@ def _add_panel(fig: go.Figure, k: int, row: int, col: int, size: tuple[int, int]
     h, w = size
     fig.add_trace(go.Image(source=png_address(np.zeros(size)), hoverinfo="skip", visible=False), row=row, col=col)
     for name in ("reader", "model"):
-        fig.add_scatter(x=[], y=[], name=name, mode="lines", line=dict(width=2, **CONTOURS[name]), hoverinfo="skip", legendgroup=name, showlegend=k == 0,
-                        row=row, col=col)
-    fig.add_scatter(x=[None], y=[None], mode="markers", marker=dict(coloraxis=f"coloraxis{k + 1 if k else ''}", color=[0]), hoverinfo="skip", showlegend=False,
-                    row=row, col=col)
+        fig.add_scatter(x=[], y=[], name=name, mode="lines", line=dict(width=2, **CONTOURS[name]), hoverinfo="skip", legendgroup=name,
+                        showlegend=k == 0, row=row, col=col)
+    fig.add_scatter(x=[None], y=[None], mode="markers", marker=dict(coloraxis=f"coloraxis{k + 1 if k else ''}", color=[0]), hoverinfo="skip",
+                    showlegend=False, row=row, col=col)
     fig.update_xaxes(visible=False, range=[-.5, w - .5], constrain="domain", fixedrange=True, row=row, col=col)
     fig.update_yaxes(visible=False, range=[h - .5, -.5], constrain="domain", scaleratio=1, fixedrange=True, row=row, col=col)
     axis = fig.data[-1].yaxis
@@ -315,8 +315,8 @@ def build(self: AttributionExplorer) -> widgets.Widget:
     self._bar, self._doing = widgets.IntProgress(layout=dict(width="150px", visibility="hidden")), widgets.Label("")
     self.fig, self.facts = self.figure(frame(self.run.image(self.state.row).shape, max(4, len(self.methods)))), widgets.HTML()
     for name in self._controls: self.observe(getattr(self, f"_{name}"), lambda value, name=name: self.choose(**{name: value}))
-    return widgets.VBox([widgets.HBox([self.chooser(), self._target, self._method]), widgets.HBox([self._signed, self._detail, self._bar, self._doing]),
-                         self.fig, self.facts])
+    choices, looks = (self.chooser(), self._target, self._method), (self._signed, self._detail, self._bar, self._doing)
+    return widgets.VBox([widgets.HBox(choices), widgets.HBox(looks), self.fig, self.facts])
 
 @patch
 def update(self: AttributionExplorer, changed: set[str]) -> None:
