@@ -7,14 +7,14 @@ __all__ = ['KINDS', 'PARTS', 'Progress', 'METHODS', 'Target', 'check_target', 'S
            'baseline', 'Attribution', 'Attributor', 'attribute', 'Planted', 'planted_phantom', 'nodule_regions',
            'region_shares', 'risk_split', 'randomised', 'similarity', 'sanity_check']
 
-# %% ../nbs/76_attribution.ipynb #a8cc7e83
+# %% ../nbs/76_attribution.ipynb #b9b35d56
 import copy
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-# %% ../nbs/76_attribution.ipynb #a14d0b91
+# %% ../nbs/76_attribution.ipynb #575bd9c5
 import numpy as np
 import pandas as pd
 import torch
@@ -23,15 +23,15 @@ from scipy.stats import spearmanr
 from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 
-# %% ../nbs/76_attribution.ipynb #6abbf701
+# %% ../nbs/76_attribution.ipynb #daabbb4c
 from .bmode import Scanner, Tissue, add_spots, insonify, log_compress
 from .bmode import inside as soft
 from .files import fingerprint
 from .network import MultitaskNet
 
-# %% ../nbs/76_attribution.ipynb #2001fd35
-KINDS = {"mask": "mean mask logit in the predicted mask", "grade": "log-probability of a grade", "next": "log-odds of a grade above the predicted one",
-         "evidence": "evidence item, scaled units"}
+# %% ../nbs/76_attribution.ipynb #b1e769f6
+KINDS = {"mask": "mean mask logit in the predicted mask", "grade": "log-probability of a grade",
+         "next": "log-odds of a grade above the predicted one", "evidence": "evidence item, scaled units"}
 PARTS = ("whole", "guided", "free")
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ def check_target(net: MultitaskNet, target: Target) -> None:
         raise ValueError(f"target: found {target.kind} {target.index}, expected 0 to {sizes[target.kind] - 1}: the network has {sizes[target.kind]}")
     if target.part not in PARTS: raise ValueError(f"target: found part {target.part!r}, expected one of {', '.join(PARTS)}")
     if target.part != "whole" and (target.kind not in ("grade", "next") or not hasattr(net.risk, "guided")):
-        raise ValueError(f"target: found the {target.part} part of {target.kind!r} with network {net.settings.network}; expected a grade, or the next, of "
-                         "a guided risk head")
+        raise ValueError(f"target: found the {target.part} part of {target.kind!r} with network {net.settings.network}; "
+                         "expected a grade, or the next, of a guided risk head")
 
-# %% ../nbs/76_attribution.ipynb #81d3310f
+# %% ../nbs/76_attribution.ipynb #e9c6b805
 @dataclass(frozen=True, eq=False)
 class Subject:
     "An image, and what stays fixed while its pixels change."
@@ -77,7 +77,7 @@ def look(net: MultitaskNet, image: Tensor, valid: Tensor) -> Subject:
     grade = min(int((p.cumsum(0) < 0.5).sum()), len(p) - 1)
     return Subject(image, valid, region if region.any() else valid, grade)
 
-# %% ../nbs/76_attribution.ipynb #20f029c6
+# %% ../nbs/76_attribution.ipynb #f6e2e8c3
 Progress = Callable[[int, int], None]     # images done, images expected
 
 class Readout(nn.Module):
@@ -124,7 +124,7 @@ def layers(net: MultitaskNet) -> list[str]:
     used = strides if net.fuse is None else strides[-len(net.fuse.lateral):]
     return ["z", *(f"stride {s}" for s in reversed(used))]
 
-# %% ../nbs/76_attribution.ipynb #6b050be8
+# %% ../nbs/76_attribution.ipynb #c97e3971
 METHODS = {"integrated_gradients": "integrated gradients", "grad_cam": "layer Grad-CAM", "occlusion": "occlusion", "noise_tunnel": "noise tunnel"}
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def baseline(subject: Subject, method: Method) -> Tensor:
     blur = lambda a: ndi.gaussian_filter(a, method.blur)
     return torch.from_numpy(blur(image) / np.maximum(blur(valid), 1e-9) * valid).to(subject.image)[None, None]
 
-# %% ../nbs/76_attribution.ipynb #11f7b081
+# %% ../nbs/76_attribution.ipynb #0ce9ec95
 @dataclass(frozen=True, eq=False)
 class Attribution:
     "A map and what it adds up to, in the target's units."
@@ -174,7 +174,7 @@ class Attribution:
     @property
     def total(self) -> float: return float(self.map.sum(dtype=np.float64))
 
-# %% ../nbs/76_attribution.ipynb #254f1ce2
+# %% ../nbs/76_attribution.ipynb #d1653780
 def _integrate(readout: Readout, s: Subject, against: Tensor, m: Method, difference: float) -> tuple[Tensor, float, int]:
     "Map, convergence delta and the steps that it took; a part of the embedding promises no sum, so the given steps are taken."
     from captum.attr import IntegratedGradients
@@ -214,7 +214,7 @@ def _through_noise(readout: Readout, s: Subject, against: Tensor, m: Method) -> 
             return_convergence_delta=True, **many)
     return found, delta.mean().item() if readout.target.part == "whole" else float("nan")
 
-# %% ../nbs/76_attribution.ipynb #1806b505
+# %% ../nbs/76_attribution.ipynb #cb80016f
 class Attributor:
     "Attributions of one network, kept in memory by image, target, method and state of the weights; the oldest of more than `keep` are forgotten."
     def __init__(self, net: MultitaskNet, keep: int = 500):
@@ -236,7 +236,7 @@ class Attributor:
             while len(self._kept) > self.keep: del self._kept[next(iter(self._kept))]
         return known
 
-# %% ../nbs/76_attribution.ipynb #7dbfb362
+# %% ../nbs/76_attribution.ipynb #c6759563
 def attribute(net: MultitaskNet, subject: Subject, target: Target, method: Method = Method(), progress: Progress | None = None) -> Attribution:
     "One attribution; `Attributor` keeps them."
     if method.name == "occlusion" and target.part != "whole":
@@ -255,7 +255,7 @@ def attribute(net: MultitaskNet, subject: Subject, target: Target, method: Metho
     values = found.detach()[0, 0].float().cpu().numpy()
     return Attribution(target, method, values, value, value - other, delta, steps, time.perf_counter() - start)
 
-# %% ../nbs/76_attribution.ipynb #7448aaa6
+# %% ../nbs/76_attribution.ipynb #fdda6428
 @dataclass(frozen=True)
 class Planted:
     "A phantom (H,W) with its nodule, and where a rim and foci change the picture."
@@ -283,9 +283,9 @@ def planted_phantom(seed: int, rim: bool, foci: bool, size: tuple[int, int] = (6
     changed = lambda *twin: ndi.binary_dilation(np.abs(image.astype(int) - _paint(seed, *twin, size)[0]) > 12)
     return Planted(image, distance < 0, changed(False, foci), changed(rim, False))
 
-# %% ../nbs/76_attribution.ipynb #2fd049ce
+# %% ../nbs/76_attribution.ipynb #530b8ad6
 def nodule_regions(mask: np.ndarray, valid: np.ndarray, border: int = 3, ring: int = 12) -> dict[str, np.ndarray]:
-    "Nodule (H,W) and sector -> disjoint regions, bool: inside, border (within `border` pixels of it, either side), ring (the next `ring` pixels), outside."
+    "Nodule (H,W) and sector -> disjoint regions, bool: inside, border (`border` pixels on either side), ring (the next `ring` pixels), outside."
     if mask.shape != valid.shape: raise ValueError(f"mask: found shape {mask.shape}, expected the sector's, {valid.shape}")
     if not (mask & valid).any(): raise ValueError("mask: found it empty within the sector, expected a nodule")
     away = lambda m: ndi.distance_transform_edt(m) if not m.all() else np.full(m.shape, np.inf)     # from the nearest pixel that is not in m
@@ -306,15 +306,15 @@ def region_shares(values: np.ndarray, regions: Mapping[str, np.ndarray]) -> pd.D
     table.insert(4, "density", table.share / table.even.where(table.pixels > 0))
     return table
 
-# %% ../nbs/76_attribution.ipynb #5854f4f3
+# %% ../nbs/76_attribution.ipynb #a36dfc78
 def risk_split(attributor: Attributor, subject: Subject, target: Target, method: Method = Method(), progress: Progress | None = None
                ) -> dict[str, Attribution]:
-    "`whole`, `guided` and `free` attribution of a grade or the next, by a gradient method; the parts take the steps that the whole took and add up to it."
+    "`whole`, `guided` and `free` attribution of a grade or the next, by a gradient method; the parts take as many steps, and add up to the whole."
     whole = attributor(subject, replace(target, part="whole"), method, progress)
     same = replace(method, steps=max(whole.steps, 1) if whole.steps else method.steps)
     return {"whole": whole} | {p: attributor(subject, replace(target, part=p), same, progress) for p in ("guided", "free")}
 
-# %% ../nbs/76_attribution.ipynb #a47c29cc
+# %% ../nbs/76_attribution.ipynb #094e9cee
 def randomised(net: MultitaskNet, seed: int = 0) -> Iterator[tuple[str, MultitaskNet]]:
     "Copies of the network with more and more weights as before any training: the heads; also the fused map and the deeper half of the encoder; all."
     with torch.random.fork_rng([]):
@@ -323,14 +323,14 @@ def randomised(net: MultitaskNet, seed: int = 0) -> Iterator[tuple[str, Multitas
     encoder = [k for k in fresh if k.startswith("encoder.")]
     heads = [k for k in fresh if k.startswith(("risk.", "mask.", "rotations."))]
     deep = [k for k in fresh if k.startswith("fuse.")] + encoder[len(encoder) // 2:]
-    stages = {"heads": heads, "and deeper half": deep, "all weights": encoder[:len(encoder) // 2]}
+    stages = {"heads": heads, "heads, deeper half": deep, "all weights": encoder[:len(encoder) // 2]}
     drawn = copy.deepcopy(net)
     for name, keys in stages.items():
         drawn.load_state_dict({k: fresh[k] for k in keys}, strict=False)
         yield name, copy.deepcopy(drawn)
 
 def similarity(a: np.ndarray, b: np.ndarray, valid: np.ndarray) -> dict[str, float]:
-    "Of two maps (H,W) over the sector: rank correlation (signed; NaN where one is constant), that of the magnitudes, and structural similarity of those."
+    "Of two maps (H,W) over the sector: rank correlation (NaN where one is constant), that of the magnitudes, structural similarity of those."
     scaled = [np.minimum(m / max(np.quantile(m[valid], .99), 1e-30), 1) * valid for m in (np.abs(a), np.abs(b))]
     ssim = structural_similarity(*scaled, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True)[1]
     rank = lambda x, y: float(spearmanr(x[valid], y[valid]).statistic) if np.ptp(x[valid]) > 0 and np.ptp(y[valid]) > 0 else float("nan")
@@ -338,7 +338,7 @@ def similarity(a: np.ndarray, b: np.ndarray, valid: np.ndarray) -> dict[str, flo
 
 def sanity_check(attributor: Attributor, subject: Subject, target: Target, method: Method = Method(), seed: int = 0, all_at_once: bool = False,
                  progress: Progress | None = None) -> tuple[pd.DataFrame, dict[str, Attribution]]:
-    "A row per stage of `randomised` (the last alone: all_at_once) with `similarity` to the trained network's map; and the maps by stage, `trained` first."
+    "A row per stage of `randomised` (all_at_once: the last) with `similarity` to the trained network's map; the maps by stage, `trained` first."
     maps, valid = {"trained": attributor(subject, target, method, progress)}, subject.valid[0, 0].cpu().numpy()
     stages = list(randomised(attributor.net, seed))
     for name, net in stages[-1:] if all_at_once else stages: maps[name] = attribute(net, subject, target, method, progress)
