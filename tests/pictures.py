@@ -7,12 +7,14 @@ import nbformat
 from lab import ROOT, Lab
 from PIL import Image
 
-PICTURES = {"latent": ".rlar-explorer >> nth=0", "angles": ".rlar-explorer >> nth=1", "attribution": ".rlar-explorer >> nth=2", "report": ".nodule-report"}
+PICTURES = {"latent": ".rlar-explorer >> nth=0", "angles": ".rlar-explorer >> nth=1", "attribution": ".rlar-explorer >> nth=2",
+            "report": ".nodule-report"}
 
 
 def main(run_dir: Path) -> None:
     nb = nbformat.read(ROOT / "nbs/explore.ipynb", as_version=4)
-    next(c for c in nb.cells if "parameters" in c.metadata.get("tags", [])).source = f"run_dir, images, beside = {str(run_dir)!r}, 'unseen', []"
+    parameters = next(c for c in nb.cells if "parameters" in c.metadata.get("tags", []))
+    parameters.source = f"run_dir, images, beside = {str(run_dir)!r}, 'unseen', []"
     with tempfile.TemporaryDirectory() as folder, Lab(Path(folder)) as lab:
         opened = lab.open(nb, "explore.ipynb").run_all(900)
         opened.settle(300)

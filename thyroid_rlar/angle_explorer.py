@@ -171,7 +171,7 @@ def static(self: AngleExplorer) -> go.Figure:
     for name, style in styles.items():
         x, y = places[name]
         fig.add_scatter(x=x, y=y, name=f"map: {name}", showlegend=False, row=1, col=2, **style)
-    fig.update_layout(template=TEMPLATE, height=820, width=1080, uirevision="angles", margin=dict(l=60, r=20, t=70, b=50))
+    fig.update_layout(template=TEMPLATE, height=820, width=950, uirevision="angles", margin=dict(l=60, r=20, t=70, b=50))
     self._say_what(fig)
     self._dress_axes(fig, drawn)
     return fig.update_annotations(font_size=13).update_xaxes(title_standoff=4).update_yaxes(title_standoff=4)

@@ -235,9 +235,10 @@ def _build_nodule(self: LatentExplorer) -> widgets.Widget:
 def _build_steps(self: LatentExplorer) -> widgets.Widget:
     self.controls |= {"seg": _slider("segmentation step", "share of |z|; positive: the mask gets worse"),
                       "risk": _slider("risk step", "share of |z|; positive: the grade gets worse"),
-                      "orthogonal": widgets.Checkbox(description="risk direction without its part along segmentation", indent=False),
+                      "orthogonal": widgets.Checkbox(description="risk direction without its part along segmentation", indent=False,
+                                                    layout=dict(width="420px")),
                       "where": widgets.ToggleButtons(options=[("every place by itself", "map"), ("all places alike", "pooled")],
-                                                     style=dict(button_width="150px"))}
+                                                     style=dict(button_width="180px"))}
     parts = [self.controls[name] for name in ("seg", "risk", "orthogonal", "where")]
     for name in ("seg", "risk", "orthogonal", "where"): self.observe(self.controls[name], lambda value, name=name: self.choose(**{name: value}))
     p_start, p_now, e_start, e_now = self.answers(self.decoded())

@@ -115,7 +115,8 @@ class Options:
     seed: int = 0
     pairs: dict[tuple[str, str], float] | None = None           # of tasks whose directions RLAR compares; default: mask and grade
 
-STEERING = ("weight", "mode", "magnitude", "strength", "warmup", "schedule", "pairs")    # of RLAR; place, form and margin are also what E is measured with
+# options of RLAR that not every method reads; place, form and margin are also what E is measured with
+STEERING = ("weight", "mode", "magnitude", "strength", "warmup", "schedule", "pairs")
 
 @dataclass(frozen=True)
 class Entry:
