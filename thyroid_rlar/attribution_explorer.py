@@ -360,6 +360,7 @@ def ask(self: AttributionExplorer) -> None:
         return
     if jobs: self._work["maps"] = loop.create_task(self._run(jobs, loop))
 
+# %% ../nbs/86_attribution_explorer.ipynb #a7a7d418
 @patch
 async def _run(self: AttributionExplorer, jobs: list[tuple[str, Callable]], loop: asyncio.AbstractEventLoop) -> None:
     halt, future = threading.Event(), None
