@@ -80,6 +80,7 @@ def look(net: MultitaskNet, image: Tensor, valid: Tensor) -> Subject:
 # %% ../nbs/76_attribution.ipynb #f6e2e8c3
 Progress = Callable[[int, int], None]     # images done, images expected
 
+# %% ../nbs/76_attribution.ipynb #d7757ed8
 class Readout(nn.Module):
     "Images (n,1,H,W) -> the target (n,), of a network in evaluation mode. `tap` is a layer whose output is z, or an encoder level (`layers`)."
     def __init__(self, net: MultitaskNet, subject: Subject, target: Target, layer: str = "z", progress: Progress | None = None):
@@ -118,6 +119,7 @@ class Readout(nn.Module):
             if threading.get_ident() == me: return [self.tap(x) if f"stride {width // x.shape[-1]}" == self.layer else x for x in levels]
         with self.net.encoder.register_forward_hook(tap): return self.net.encode(image)
 
+# %% ../nbs/76_attribution.ipynb #e3d04e00
 def layers(net: MultitaskNet) -> list[str]:
     "Names of the layers that Grad-CAM can look at: z, then the encoder's levels that z is made of, coarsest first."
     strides = net.encoder.feature_info.reduction() if hasattr(net.encoder, "feature_info") else [2, 4, 8, 16, 32]
@@ -187,6 +189,7 @@ def _integrate(readout: Readout, s: Subject, against: Tensor, m: Method, differe
         if abs(delta.item()) <= enough or 2 * steps > m.most_steps: return found, delta.item(), steps
         steps *= 2
 
+# %% ../nbs/76_attribution.ipynb #651100ed
 def _grad_cam(readout: Readout, s: Subject) -> Tensor:
     from captum.attr import LayerAttribution, LayerGradCam
     readout.expect(1)

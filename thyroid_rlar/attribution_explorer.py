@@ -107,6 +107,7 @@ def frame(size: tuple[int, int], columns: int) -> go.Figure:
     margin = dict(l=75, r=10, t=65, b=80)
     return fig.update_layout(template=TEMPLATE, width=WIDTH * columns, height=height, margin=margin, legend=legend, bargap=.35)
 
+# %% ../nbs/86_attribution_explorer.ipynb #78030e6b
 def _add_panel(fig: go.Figure, k: int, row: int, col: int, size: tuple[int, int]) -> None:
     h, w = size
     fig.add_trace(go.Image(source=png_address(np.zeros(size)), hoverinfo="skip", visible=False), row=row, col=col)
@@ -177,6 +178,7 @@ def targets(run: OpenRun) -> dict[str, Target]:
     if "evidence" in run.tasks and run.net.settings.evidence: found |= {f"evidence: {e}": Target("evidence", k) for k, e in enumerate(run.evidence)}
     return found
 
+# %% ../nbs/86_attribution_explorer.ipynb #e9b178c3
 class AttributionExplorer(Explorer):
     "Attributions of a run's nodules; `methods` are shown side by side."
     State = AttributionState
@@ -358,6 +360,7 @@ def ask(self: AttributionExplorer) -> None:
         return
     if jobs: self._work["maps"] = loop.create_task(self._run(jobs, loop))
 
+# %% ../nbs/86_attribution_explorer.ipynb #a7a7d418
 @patch
 async def _run(self: AttributionExplorer, jobs: list[tuple[str, Callable]], loop: asyncio.AbstractEventLoop) -> None:
     halt, future = threading.Event(), None
