@@ -143,8 +143,8 @@ def cohort_list(run: OpenRun, rows: Sequence[int]) -> str:
     table = cohort_table(run, rows)
     data = base64.b64encode(as_csv(table).encode()).decode()
     link = f"<a download='cohort.csv' href='data:text/csv;base64,{data}'>save all {len(table)} as CSV</a>"
-    first = table[[c for c in ("image_id", "grade", "predicted", "dice", "angle") if c in table]].head(8).round(2)
-    return link + first.to_html(index=False, border=0, na_rep="", escape=True)
+    first = table[[c for c in ("image_id", "grade", "predicted", "dice", "angle") if c in table]].head(8)
+    return link + first.to_html(index=False, border=0, na_rep="", escape=True, float_format="{:.2f}".format)
 
 # %% ../nbs/81_latent_figures.ipynb #1c710514
 def angle_edges(run: OpenRun) -> np.ndarray:
@@ -185,7 +185,7 @@ def redraw_cohort(fig: go.Figure, run: OpenRun, rows: Sequence[int]) -> None:
 
 # %% ../nbs/81_latent_figures.ipynb #0a581a67
 REACH = 0.5                          # the longest step, in shares of |z|
-THUMB = 150                          # pixels, width of a small picture
+THUMB = 128                          # pixels, width of a small picture
 
 def thumbnail(image: np.ndarray, words: str) -> str:
     "A small picture of an image (h,w) uint8 over a line of text, as HTML."
@@ -235,7 +235,7 @@ def plane_figure(run: OpenRun, found: Plane, seg: float = 0.0, risk: float = 0.0
                         hoverinfo="skip", name="step", row=1, col=k)
     fig.update_xaxes(title_text="segmentation step (share of |z|)", range=[-REACH, REACH])
     fig.update_yaxes(title_text="risk step (share of |z|)", range=[-REACH, REACH], col=1)
-    return fig.update_layout(template=TEMPLATE, height=330, width=980, showlegend=False, margin=dict(l=60, r=20, t=40, b=50))
+    return fig.update_layout(template=TEMPLATE, height=310, width=850, showlegend=False, margin=dict(l=60, r=20, t=40, b=50))
 
 def redraw_plane(fig: go.Figure, found: Plane) -> None:
     "Another state of the plane in a figure that `plane_figure` has made."
