@@ -195,8 +195,8 @@ def _slider(name: str, tip: str) -> widgets.FloatSlider:
 
 def _side_by_side(*parts: widgets.Widget) -> widgets.HBox:
     "Parts in their own widths, below each other where the page is narrow."
-    for part in parts: part.layout.flex = "0 0 auto"
-    return widgets.HBox(parts, layout=dict(flex_flow="row wrap"))
+    boxes = [widgets.VBox([part], layout=dict(flex="0 0 auto")) for part in parts]      # a figure's own `layout` is plotly's
+    return widgets.HBox(boxes, layout=dict(flex_flow="row wrap"))
 
 def _heading(text: str) -> widgets.HTML: return widgets.HTML(f"<b style='font-size:14px'>{text}</b>")
 
@@ -219,7 +219,6 @@ def _build_map(self: LatentExplorer) -> widgets.Widget:
     points.on_click(self._clicked); points.on_selection(self._lassoed); points.on_deselect(lambda *_: self.choose(picked=()))
     return widgets.VBox([widgets.HBox([method, color]), self.note, self.map_fig])
 
-# %% ../nbs/82_latent_explorer.ipynb #8a88ddb5
 @patch
 def _clicked(self: LatentExplorer, _, points, state) -> None:
     if points.point_inds: self.choose(row=self.run.rows[points.point_inds[0]])
@@ -296,7 +295,6 @@ def _map_shown(self: LatentExplorer) -> LatentMap:
     self._shown = self.map(compute=False) or self.map("pca")
     return self._shown
 
-# %% ../nbs/82_latent_explorer.ipynb #d7599be9
 @patch
 def _show_map(self: LatentExplorer) -> None:
     drawn, at, ready = self._map_shown(), self.marks(), self.state.method in self._maps
@@ -362,7 +360,6 @@ def draw_plane(self: LatentExplorer) -> None:
     s, self.plane_bar.layout.visibility = self.state, "visible"
     self.work("plane", plane(self.traversal(s.row, s.where), REACH, orthogonal=s.orthogonal), self._grow_plane)
 
-# %% ../nbs/82_latent_explorer.ipynb #105d41e0
 @patch
 def _grow_plane(self: LatentExplorer, found: Plane) -> None:
     self.plane_bar.value = found.done
