@@ -671,6 +671,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/thyroid_rlar', 'doc_host':
                                                                                             'thyroid_rlar/latent_explorer.py'),
                                               'thyroid_rlar.latent_explorer._heading': ( 'latent_explorer.html#_heading',
                                                                                          'thyroid_rlar/latent_explorer.py'),
+                                              'thyroid_rlar.latent_explorer._side_by_side': ( 'latent_explorer.html#_side_by_side',
+                                                                                              'thyroid_rlar/latent_explorer.py'),
                                               'thyroid_rlar.latent_explorer._slider': ( 'latent_explorer.html#_slider',
                                                                                         'thyroid_rlar/latent_explorer.py')},
             'thyroid_rlar.latent_figures': { 'thyroid_rlar.latent_figures.Paint': ( 'latent_figures.html#paint',

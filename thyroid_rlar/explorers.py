@@ -84,7 +84,7 @@ CONTOURS = {"reader": dict(color=SKY, dash="solid"), "model": dict(color=ORANGE,
 
 def _lines(field: np.ndarray | None) -> dict[str, list]:
     x, y = outline(field) if field is not None else ([], [])
-    return {"x": x, "y": y}
+    return {"x": np.array(x, float), "y": np.array(y, float)}       # plotly checks a list number by number, and sends an array as it is
 
 def picture(image: np.ndarray, contours: Mapping[str, np.ndarray | None], height: int = 320) -> go.Figure:
     "An image (h,w) uint8 under contours by name (of `CONTOURS`): masks or probabilities (h,w), or None; true to scale, `height` in pixels."

@@ -193,13 +193,18 @@ def _slider(name: str, tip: str) -> widgets.FloatSlider:
     return widgets.FloatSlider(min=-REACH, max=REACH, step=0.01, description=name, tooltip=tip, readout_format="+.2f",
                                style=dict(description_width="130px"), layout=dict(width="460px"))
 
+def _side_by_side(*parts: widgets.Widget) -> widgets.HBox:
+    "Parts in their own widths, below each other where the page is narrow."
+    boxes = [widgets.VBox([part], layout=dict(flex="0 0 auto")) for part in parts]      # a figure's own `layout` is plotly's
+    return widgets.HBox(boxes, layout=dict(flex_flow="row wrap"))
+
 def _heading(text: str) -> widgets.HTML: return widgets.HTML(f"<b style='font-size:14px'>{text}</b>")
 
 # %% ../nbs/82_latent_explorer.ipynb #2ca8d60e
 @patch
 def build(self: LatentExplorer) -> widgets.Widget:
     self.note, self.facts, self.sentence = (widgets.HTML() for _ in range(3))
-    top = widgets.HBox([self._build_map(), self._build_nodule()])
+    top = _side_by_side(self._build_map(), self._build_nodule())
     return widgets.VBox([top, self._build_steps(), self._build_plane(), self._build_near(), self._build_cohort()])
 
 @patch
@@ -214,7 +219,6 @@ def _build_map(self: LatentExplorer) -> widgets.Widget:
     points.on_click(self._clicked); points.on_selection(self._lassoed); points.on_deselect(lambda *_: self.choose(picked=()))
     return widgets.VBox([widgets.HBox([method, color]), self.note, self.map_fig])
 
-# %% ../nbs/82_latent_explorer.ipynb #8a88ddb5
 @patch
 def _clicked(self: LatentExplorer, _, points, state) -> None:
     if points.point_inds: self.choose(row=self.run.rows[points.point_inds[0]])
@@ -236,16 +240,16 @@ def _build_steps(self: LatentExplorer) -> widgets.Widget:
     self.controls |= {"seg": _slider("segmentation step", "share of |z|; positive: the mask gets worse"),
                       "risk": _slider("risk step", "share of |z|; positive: the grade gets worse"),
                       "orthogonal": widgets.Checkbox(description="risk direction without its part along segmentation", indent=False,
-                                                    layout=dict(width="420px")),
+                                                    layout=dict(width="460px")),
                       "where": widgets.ToggleButtons(options=[("every place by itself", "map"), ("all places alike", "pooled")],
-                                                     style=dict(button_width="180px"))}
+                                                     style=dict(button_width="190px"))}
     parts = [self.controls[name] for name in ("seg", "risk", "orthogonal", "where")]
     for name in ("seg", "risk", "orthogonal", "where"): self.observe(self.controls[name], lambda value, name=name: self.choose(**{name: value}))
     p_start, p_now, e_start, e_now = self.answers(self.decoded())
     self.grade_fig = self.figure(grade_bars(self.run, p_start, p_now))
     self.evidence_fig = self.figure(evidence_dots(self.run, e_start, e_now)) if len(e_now) else None
     left = widgets.VBox([_heading("Push z, in shares of its own norm |z|"), *parts, self.grade_fig])
-    return widgets.VBox([widgets.HBox([left, self.evidence_fig] if self.evidence_fig else [left]), self.sentence])
+    return widgets.VBox([_side_by_side(left, *([self.evidence_fig] if self.evidence_fig else [])), self.sentence])
 
 # %% ../nbs/82_latent_explorer.ipynb #e0996f3b
 @patch
@@ -264,13 +268,13 @@ def _build_near(self: LatentExplorer) -> widgets.Widget:
                          for _ in range(min(NEAR, len(self.run.table) - 1))]
     for k, button in enumerate(self.near_buttons): button.on_click(lambda _, k=k: self.choose(row=int(self.near().row[k])))
     title = _heading("Nearest in latent space (distance in standard deviations per channel)")
-    return widgets.VBox([title, self.thumbs, widgets.HBox(self.near_buttons)])
+    return widgets.VBox([title, self.thumbs, _side_by_side(*self.near_buttons)])
 
 @patch
 def _build_cohort(self: LatentExplorer) -> widgets.Widget:
     self.cohort_list = widgets.HTML()
     self.cohort_fig = self.figure(cohort_figure(self.run, ()))
-    body = widgets.HBox([self.cohort_list, self.cohort_fig])
+    body = _side_by_side(self.cohort_list, self.cohort_fig)
     self.cohort_box = widgets.VBox([_heading("Cohort within the lasso"), body], layout=dict(display="none"))
     return self.cohort_box
 
@@ -291,7 +295,6 @@ def _map_shown(self: LatentExplorer) -> LatentMap:
     self._shown = self.map(compute=False) or self.map("pca")
     return self._shown
 
-# %% ../nbs/82_latent_explorer.ipynb #d7599be9
 @patch
 def _show_map(self: LatentExplorer) -> None:
     drawn, at, ready = self._map_shown(), self.marks(), self.state.method in self._maps
@@ -357,7 +360,6 @@ def draw_plane(self: LatentExplorer) -> None:
     s, self.plane_bar.layout.visibility = self.state, "visible"
     self.work("plane", plane(self.traversal(s.row, s.where), REACH, orthogonal=s.orthogonal), self._grow_plane)
 
-# %% ../nbs/82_latent_explorer.ipynb #105d41e0
 @patch
 def _grow_plane(self: LatentExplorer, found: Plane) -> None:
     self.plane_bar.value = found.done

@@ -99,7 +99,7 @@ MARKS = {"chosen": ("circle-open", 19, 4), "same case": ("diamond-open", 14, 2),
 def map_figure(run: OpenRun, color: str, drawn: LatentMap, marks: dict[str, np.ndarray]) -> go.Figure:
     "Nodules on a map, coloured by a column of `colour_choices`; positions in the table by what marks them, see `MARKS`."
     p, xy, names = paint(run, color), drawn.now, [as_text(n) for n in run.table.image_id]
-    fig = go.Figure(layout=dict(template=TEMPLATE, height=490, width=530, dragmode="lasso", hovermode="closest", uirevision="map"))
+    fig = go.Figure(layout=dict(template=TEMPLATE, height=470, width=560, dragmode="lasso", hovermode="closest", uirevision="map"))
     fig.add_scattergl(x=xy.x, y=xy.y, mode="markers", marker=dict(size=8, color=p.colors), text=names, hovertemplate="%{text}<extra></extra>",
                       name="nodules", showlegend=False, selected_marker_opacity=1, unselected_marker_opacity=0.25)
     fig.add_scatter(x=[None], y=[None], mode="markers", marker=color_bar(p), showlegend=False, hoverinfo="skip", name="colours")
@@ -107,8 +107,7 @@ def map_figure(run: OpenRun, color: str, drawn: LatentMap, marks: dict[str, np.n
         style = dict(symbol=symbol, size=size, color=VERMILLION if name == "chosen" else GREY, line_width=width)
         fig.add_scatter(x=xy.x[at], y=xy.y[at], mode="markers", marker=style, name=name, hoverinfo="skip")
     fig.update_xaxes(title_text=drawn.axes[0]).update_yaxes(title_text=drawn.axes[1])
-    legend = dict(y=0, yanchor="bottom")                      # below, where the tools of the figure are not
-    return fig.update_layout(margin=dict(l=60, r=10, t=40, b=75), legend=legend)
+    return fig.update_layout(margin=dict(l=60, r=10, t=40, b=50))
 
 def repaint(fig: go.Figure, run: OpenRun, color: str) -> None:
     "Colour a figure that `map_figure` has made by another column."
@@ -144,8 +143,8 @@ def cohort_list(run: OpenRun, rows: Sequence[int]) -> str:
     table = cohort_table(run, rows)
     data = base64.b64encode(as_csv(table).encode()).decode()
     link = f"<a download='cohort.csv' href='data:text/csv;base64,{data}'>save all {len(table)} as CSV</a>"
-    first = table[[c for c in ("image_id", "grade", "predicted", "dice", "angle") if c in table]].head(8).astype({c: float for c in ("dice", "angle") if c in table}).round(2)
-    return link + first.to_html(index=False, border=0, na_rep="", escape=True)
+    first = table[[c for c in ("image_id", "grade", "predicted", "dice", "angle") if c in table]].head(8)
+    return link + first.to_html(index=False, border=0, na_rep="", escape=True, float_format="{:.2f}".format)
 
 # %% ../nbs/81_latent_figures.ipynb #1c710514
 def angle_edges(run: OpenRun) -> np.ndarray:
@@ -186,7 +185,7 @@ def redraw_cohort(fig: go.Figure, run: OpenRun, rows: Sequence[int]) -> None:
 
 # %% ../nbs/81_latent_figures.ipynb #0a581a67
 REACH = 0.5                          # the longest step, in shares of |z|
-THUMB = 150                          # pixels, width of a small picture
+THUMB = 128                          # pixels, width of a small picture
 
 def thumbnail(image: np.ndarray, words: str) -> str:
     "A small picture of an image (h,w) uint8 over a line of text, as HTML."
@@ -236,7 +235,7 @@ def plane_figure(run: OpenRun, found: Plane, seg: float = 0.0, risk: float = 0.0
                         hoverinfo="skip", name="step", row=1, col=k)
     fig.update_xaxes(title_text="segmentation step (share of |z|)", range=[-REACH, REACH])
     fig.update_yaxes(title_text="risk step (share of |z|)", range=[-REACH, REACH], col=1)
-    return fig.update_layout(template=TEMPLATE, height=330, width=980, showlegend=False, margin=dict(l=60, r=20, t=40, b=50))
+    return fig.update_layout(template=TEMPLATE, height=310, width=850, showlegend=False, margin=dict(l=60, r=20, t=40, b=50))
 
 def redraw_plane(fig: go.Figure, found: Plane) -> None:
     "Another state of the plane in a figure that `plane_figure` has made."
