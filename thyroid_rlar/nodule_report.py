@@ -163,7 +163,8 @@ def attributed(run: OpenRun, row: int, method: Method | None = None) -> dict[str
     batch, method = run.batch(row), method or Method()
     subject = look(run.net, batch["image"], batch["valid"])
     asked = {"seg": ("the mask", Target("mask")), "risk": ("the next grade", Target("next"))}
-    return {f"{METHODS[method.name]}, {what}": attribute(run.net, subject, target, method).map for task, (what, target) in asked.items() if task in run.tasks}
+    return {f"{METHODS[method.name]}, {what}": attribute(run.net, subject, target, method).map
+            for task, (what, target) in asked.items() if task in run.tasks}
 
 # %% ../nbs/88_nodule_report.ipynb #3df9ae94
 MARKS = {"reader": (SKY, "reader's contour"), "contour": (ORANGE, "model's contour"), "model": (PURPLE, "model's prediction")}
