@@ -331,8 +331,7 @@ class MultitaskNet(nn.Module):
     def train(self, mode: bool = True) -> "MultitaskNet":
         "As of any module, but with `freeze_norm` batch norms stay in evaluation mode."
         super().train(mode)
-        for m in self.modules():
-            if self.settings.freeze_norm and isinstance(m, _BatchNorm): m.eval()
+        for m in filter(lambda m: self.settings.freeze_norm and isinstance(m, _BatchNorm), self.modules()): m.eval()
         return self
 
     def upstream(self) -> list[nn.Parameter]:

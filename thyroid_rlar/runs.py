@@ -154,6 +154,7 @@ def run_objective(s: RunSettings) -> Objective:
     pairs = dict.fromkeys(PAIRS, 1.0) if s.rlar_pairs == "all" else None
     return make_objective(s.objective, Options(make_rlar(s), weights, s.rlar_strength, s.rlar_warmup, s.rlar_schedule, s.seed, pairs))
 
+# %% ../nbs/55_runs.ipynb #0fea2001
 def _check_yardstick(s: RunSettings) -> None:
     "Raise ParameterError for what smp.Unet cannot do: it is the yardstick, trained in the ordinary way."
     wrong = [f"{name}: found {getattr(s, name)!r}, expected {value}" for name, value in
