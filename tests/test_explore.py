@@ -124,6 +124,7 @@ def test_epochs_and_places_of_the_angle(opened, lab):
     drawing = plots(box).first
     number = drawing.evaluate("p => p._fullData.findIndex(t => t.name === 'map: nodules')")
     before = opened.data(drawing, number, "x")
+    assert drawing.evaluate("p => p._fullLayout.xaxis2.title.text").startswith("component 1")
     opened.key("map at epoch", "ArrowLeft", 1)
     until(lambda: opened.data(drawing, number, "x") != before, "the map moves to another epoch", opened.page)
     title = drawing.inner_text()

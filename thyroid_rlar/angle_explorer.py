@@ -188,9 +188,11 @@ def _say_what(self: AngleExplorer, fig: go.Figure) -> None:
 def _dress_axes(self: AngleExplorer, fig: go.Figure, drawn: LatentMap) -> None:
     "Axes that hold all epochs; so those of the map do not move with the epoch."
     last = max((c.history.epoch.max() for c in self.courses() if len(c.history)), default=1)
-    fig.update_xaxes(range=[-0.5, last + 0.5], tickformat="d", title_text="epoch").update_yaxes(rangemode="tozero")
-    fig.update_yaxes(rangemode="normal", row=1, col=1).update_yaxes(type="log", rangemode="normal", row=3, col=1, **_LOG)
-    fig.update_yaxes(range=[0, 1.05], row=3, col=2)
+    # each axis once: within a batch plotly drops a second value that equals what is shown, and keeps the first
+    for row, col in ((1, 1), (2, 1), (2, 2), (3, 1), (3, 2)):
+        fig.update_xaxes(range=[-0.5, last + 0.5], tickformat="d", title_text="epoch", row=row, col=col)
+    fig.update_yaxes(rangemode="tozero", row=2).update_yaxes(rangemode="normal", row=1, col=1)
+    fig.update_yaxes(type="log", rangemode="normal", row=3, col=1, **_LOG).update_yaxes(range=[0, 1.05], row=3, col=2)
     at = drawn.before if len(drawn.before) else drawn.now
     for update, axis, title in ((fig.update_xaxes, "x", drawn.axes[0]), (fig.update_yaxes, "y", drawn.axes[1])):
         low, high = at[axis].min(), at[axis].max()

@@ -185,6 +185,7 @@ def _check_together(s: RunSettings) -> None:
     except ImportError as error: raise ParameterError(str(error)) from error
     except ValueError as error: raise ParameterError(f"rlar_{error}") from error       # it begins with the name: margin, form, mode
 
+# %% ../nbs/55_runs.ipynb #9f0d9e9c
 def check_parameters(values: Mapping[str, object]) -> RunSettings:
     "RunSettings from names and values. Raises ParameterError for an unknown name or a value that is not allowed."
     typed = typed_parameters(values, asdict(RunSettings()))
