@@ -233,8 +233,8 @@ def plane_figure(run: OpenRun, found: Plane, seg: float = 0.0, risk: float = 0.0
                         hoverinfo="skip", name="grade", row=1, col=k)
         fig.add_scatter(x=[seg], y=[risk], mode="markers", marker=dict(symbol="cross-thin", size=13, line=dict(width=3, color=VERMILLION)),
                         hoverinfo="skip", name="step", row=1, col=k)
-    fig.update_xaxes(title_text="segmentation step (share of |z|)", range=[-REACH, REACH])
-    fig.update_yaxes(title_text="risk step (share of |z|)", range=[-REACH, REACH], col=1)
+    fig.update_xaxes(title_text="segmentation step / |z|", range=[-REACH, REACH])
+    fig.update_yaxes(title_text="risk step / |z|", range=[-REACH, REACH], col=1)
     return fig.update_layout(template=TEMPLATE, height=310, width=850, showlegend=False, margin=dict(l=60, r=20, t=40, b=50))
 
 def redraw_plane(fig: go.Figure, found: Plane) -> None:
