@@ -171,7 +171,7 @@ def static(self: AngleExplorer) -> go.Figure:
     for name, style in styles.items():
         x, y = places[name]
         fig.add_scatter(x=x, y=y, name=f"map: {name}", showlegend=False, row=1, col=2, **style)
-    fig.update_layout(template=TEMPLATE, height=820, width=950, uirevision="angles", margin=dict(l=60, r=20, t=70, b=50))
+    fig.update_layout(template=TEMPLATE, height=820, width=860, uirevision="angles", margin=dict(l=60, r=20, t=70, b=50))
     self._say_what(fig)
     self._dress_axes(fig, drawn)
     return fig.update_annotations(font_size=13).update_xaxes(title_standoff=4).update_yaxes(title_standoff=4)
@@ -182,23 +182,21 @@ def _say_what(self: AngleExplorer, fig: go.Figure) -> None:
     "Titles of the two panels that depend on the state."
     s = self.state
     fig.layout.annotations[0].text = f"task cosine ({s.where}, {'validation' if s.split == 'val' else 'training'})"
-    fig.layout.annotations[1].text = f"latent space at epoch {s.epoch}, coloured by the reader's grade"
+    fig.layout.annotations[1].text = f"latent space at epoch {s.epoch}, by the reader's grade"
 
 @patch
 def _dress_axes(self: AngleExplorer, fig: go.Figure, drawn: LatentMap) -> None:
     "Axes that hold all epochs; so those of the map do not move with the epoch."
     last = max((c.history.epoch.max() for c in self.courses() if len(c.history)), default=1)
-    # each axis once: within a batch plotly drops a second value that equals what is shown, and keeps the first
-    for row, col in ((1, 1), (2, 1), (2, 2), (3, 1), (3, 2)):
-        fig.update_xaxes(range=[-0.5, last + 0.5], tickformat="d", title_text="epoch", row=row, col=col)
-    fig.update_yaxes(rangemode="tozero", row=2).update_yaxes(rangemode="normal", row=1, col=1)
-    fig.update_yaxes(type="log", rangemode="normal", row=3, col=1, **_LOG).update_yaxes(range=[0, 1.05], row=3, col=2)
+    for r, c in {(r, c) for r, c, _ in LINES.values()}:           # each property once: within a batch a second value may be lost
+        fig.update_xaxes(range=[-0.5, last + 0.5], tickformat="d", title_text="epoch", row=r, col=c)
+    fig.update_yaxes(rangemode="tozero", row=2).update_yaxes(type="log", row=3, col=1, **_LOG).update_yaxes(range=[0, 1.05], row=3, col=2)
     at = drawn.before if len(drawn.before) else drawn.now
     for update, axis, title in ((fig.update_xaxes, "x", drawn.axes[0]), (fig.update_yaxes, "y", drawn.axes[1])):
         low, high = at[axis].min(), at[axis].max()
         edge = 0.06 * (high - low) or 1.0
         title = title.replace(" of the variance", "")
-        update(range=[float(low - edge), float(high + edge)], title_text=title, rangemode="normal", tickformat="", row=1, col=2)
+        update(range=[float(low - edge), float(high + edge)], title_text=title, row=1, col=2)
 
 # %% ../nbs/84_angle_explorer.ipynb #7ee207b5
 @patch

@@ -191,7 +191,7 @@ def static(self: LatentExplorer) -> go.Figure:
 # %% ../nbs/82_latent_explorer.ipynb #c3b3a389
 def _slider(name: str, tip: str) -> widgets.FloatSlider:
     return widgets.FloatSlider(min=-REACH, max=REACH, step=0.01, description=name, tooltip=tip, readout_format="+.2f",
-                               style=dict(description_width="130px"), layout=dict(width="460px"))
+                               style=dict(description_width="130px"), layout=dict(width="440px"))
 
 def _side_by_side(*parts: widgets.Widget) -> widgets.HBox:
     "Parts in their own widths, below each other where the page is narrow."
@@ -232,7 +232,7 @@ def _lassoed(self: LatentExplorer, _, points, selector) -> None:
 def _build_nodule(self: LatentExplorer) -> widgets.Widget:
     row = self.state.row
     masks = {"reader": self.run.contour(row), "start": self.run.predicted(row), "model": None}
-    self.nodule_fig = self.figure(picture(self.run.image(row), masks))
+    self.nodule_fig = self.figure(picture(self.run.image(row), masks, height=280))
     return widgets.VBox([self.chooser(), self.nodule_fig, self.facts])
 
 @patch
@@ -240,7 +240,7 @@ def _build_steps(self: LatentExplorer) -> widgets.Widget:
     self.controls |= {"seg": _slider("segmentation step", "share of |z|; positive: the mask gets worse"),
                       "risk": _slider("risk step", "share of |z|; positive: the grade gets worse"),
                       "orthogonal": widgets.Checkbox(description="risk direction without its part along segmentation", indent=False,
-                                                    layout=dict(width="460px")),
+                                                    layout=dict(width="440px")),
                       "where": widgets.ToggleButtons(options=[("every place by itself", "map"), ("all places alike", "pooled")],
                                                      style=dict(button_width="190px"))}
     parts = [self.controls[name] for name in ("seg", "risk", "orthogonal", "where")]

@@ -99,7 +99,7 @@ MARKS = {"chosen": ("circle-open", 19, 4), "same case": ("diamond-open", 14, 2),
 def map_figure(run: OpenRun, color: str, drawn: LatentMap, marks: dict[str, np.ndarray]) -> go.Figure:
     "Nodules on a map, coloured by a column of `colour_choices`; positions in the table by what marks them, see `MARKS`."
     p, xy, names = paint(run, color), drawn.now, [as_text(n) for n in run.table.image_id]
-    fig = go.Figure(layout=dict(template=TEMPLATE, height=490, width=500, dragmode="lasso", hovermode="closest", uirevision="map"))
+    fig = go.Figure(layout=dict(template=TEMPLATE, height=450, width=490, dragmode="lasso", hovermode="closest", uirevision="map"))
     fig.add_scattergl(x=xy.x, y=xy.y, mode="markers", marker=dict(size=8, color=p.colors), text=names, hovertemplate="%{text}<extra></extra>",
                       name="nodules", showlegend=False, selected_marker_opacity=1, unselected_marker_opacity=0.25)
     fig.add_scatter(x=[None], y=[None], mode="markers", marker=color_bar(p), showlegend=False, hoverinfo="skip", name="colours")
@@ -107,8 +107,7 @@ def map_figure(run: OpenRun, color: str, drawn: LatentMap, marks: dict[str, np.n
         style = dict(symbol=symbol, size=size, color=VERMILLION if name == "chosen" else GREY, line_width=width)
         fig.add_scatter(x=xy.x[at], y=xy.y[at], mode="markers", marker=style, name=name, hoverinfo="skip")
     fig.update_xaxes(title_text=drawn.axes[0]).update_yaxes(title_text=drawn.axes[1])
-    legend = dict(y=0, yanchor="bottom")                      # below, where the tools of the figure are not
-    return fig.update_layout(margin=dict(l=60, r=10, t=40, b=75), legend=legend)
+    return fig.update_layout(margin=dict(l=60, r=10, t=40, b=50))
 
 def repaint(fig: go.Figure, run: OpenRun, color: str) -> None:
     "Colour a figure that `map_figure` has made by another column."
@@ -206,12 +205,12 @@ def grade_bars(run: OpenRun, start: np.ndarray, now: np.ndarray) -> go.Figure:
 def evidence_dots(run: OpenRun, start: np.ndarray, now: np.ndarray) -> go.Figure:
     "Predicted evidence (R,) at the start and now, in standard deviations of the training images."
     names = [as_text(item.replace("_", " ")) for item in run.evidence]
-    fig = go.Figure(layout=dict(template=TEMPLATE, height=110 + 19 * len(names), width=500, uirevision="evidence"))
+    fig = go.Figure(layout=dict(template=TEMPLATE, height=110 + 19 * len(names), width=400, uirevision="evidence"))
     for name, values, marker in (("at the start", start, dict(color="#9E9E9E", symbol="circle-open", size=10, line_width=2)),
                                  ("after the step", now, dict(color=BLUE, size=7))):
         fig.add_scatter(x=values, y=names, mode="markers", marker=marker, name=name, hovertemplate="%{y}: %{x:+.2f}<extra></extra>")
     reach = max(3.0, float(np.abs(start).max(initial=0)) + 0.5)
-    fig.update_xaxes(title_text="evidence predicted (training sd from the mean)", range=[-reach, reach])
+    fig.update_xaxes(title_text="evidence predicted (training sd)", range=[-reach, reach])
     return fig.update_yaxes(autorange="reversed", dtick=1).update_layout(margin=dict(l=120, r=10, t=35, b=45))
 
 # %% ../nbs/81_latent_figures.ipynb #e3af90e5
@@ -234,8 +233,8 @@ def plane_figure(run: OpenRun, found: Plane, seg: float = 0.0, risk: float = 0.0
                         hoverinfo="skip", name="grade", row=1, col=k)
         fig.add_scatter(x=[seg], y=[risk], mode="markers", marker=dict(symbol="cross-thin", size=13, line=dict(width=3, color=VERMILLION)),
                         hoverinfo="skip", name="step", row=1, col=k)
-    fig.update_xaxes(title_text="segmentation step (share of |z|)", range=[-REACH, REACH])
-    fig.update_yaxes(title_text="risk step (share of |z|)", range=[-REACH, REACH], col=1)
+    fig.update_xaxes(title_text="segmentation step / |z|", range=[-REACH, REACH])
+    fig.update_yaxes(title_text="risk step / |z|", range=[-REACH, REACH], col=1)
     return fig.update_layout(template=TEMPLATE, height=310, width=850, showlegend=False, margin=dict(l=60, r=20, t=40, b=50))
 
 def redraw_plane(fig: go.Figure, found: Plane) -> None:
