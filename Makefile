@@ -40,7 +40,7 @@ run: env  ## install what is missing, train and report on the built-in phantom i
 test: env  ## install what is missing, then run every notebook's tests and pytest
 	@notebooks=passed; tests=passed; \
 	echo '== notebooks (nbdev_test)'; \
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing || notebooks=FAILED; \
+	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing || notebooks=FAILED; \
 	echo '== tests (pytest)'; \
 	$(BIN)/python -m pytest tests -q || tests=FAILED; \
 	echo "== notebooks: $$notebooks; tests: $$tests"; \
