@@ -37,6 +37,7 @@ NOT_IMPORTED = {
 }
 WITH_THE_KERNEL = {"ipython", "matplotlib-inline", "traitlets"}  # every Jupyter kernel brings them
 LAZY = ("umap", "numba", "captum", "ipywidgets", "anywidget")  # load when used, not when the package is imported
+WITH_WIDGETS = ("explorers", "latent_explorer", "angle_explorer", "attribution_explorer", "nodule_report")  # to import these is to use widgets
 
 
 def name(path: Path) -> str: return path.relative_to(ROOT).as_posix()
@@ -201,11 +202,14 @@ def test_wheel_works_without_the_notebooks(checkout, tmp_path):
 import importlib, pkgutil, sys
 sys.path.insert(0, {str(tmp_path / "site")!r})
 import thyroid_rlar
-for module in pkgutil.iter_modules(thyroid_rlar.__path__):
-    file = importlib.import_module("thyroid_rlar." + module.name).__file__
-    assert file.startswith({str(tmp_path / "site")!r}), file
-loaded = [name for name in {LAZY!r} if name in sys.modules]
-assert not loaded, f"loaded by importing the package, not by using it: {{loaded}}"
+names = [module.name for module in pkgutil.iter_modules(thyroid_rlar.__path__)]
+for explorers, lazy in ((False, {LAZY!r}), (True, {LAZY[:3]!r})):
+    for name in names:
+        if explorers != (name in {WITH_WIDGETS!r}): continue
+        file = importlib.import_module("thyroid_rlar." + name).__file__
+        assert file.startswith({str(tmp_path / "site")!r}), file
+    loaded = [name for name in lazy if name in sys.modules]
+    assert not loaded, f"loaded by importing the package, not by using it: {{loaded}}"
 from thyroid_rlar.readers import load_reader_confusion
 assert len(load_reader_confusion()) > 100
 """
