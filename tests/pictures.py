@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 import nbformat
-from lab import ROOT, Lab
+from lab import ROOT, Lab, until
 from PIL import Image
 
 PICTURES = {"latent": ".rlar-explorer >> nth=0", "angles": ".rlar-explorer >> nth=1", "attribution": ".rlar-explorer >> nth=2",
@@ -21,9 +21,10 @@ def main(run_dir: Path) -> None:
         for name, where in PICTURES.items():
             part = opened.page.locator(where)
             part.wait_for(timeout=120_000)
+            until(lambda part=part: "..." not in part.text_content(), f"{name} has all its maps", opened.page, 600)
             shot = Image.open(opened.screenshot(Path(folder) / f"{name}.png", part)).convert("RGB")
-            shot.quantize(128, dither=Image.Dither.NONE).save(ROOT / f"nbs/images/explorer-{name}.png", optimize=True)
-            print(f"nbs/images/explorer-{name}.png, {shot.width} x {shot.height}")
+            shot.save(ROOT / f"nbs/images/explorer-{name}.jpg", quality=85, subsampling=0, optimize=True)
+            print(f"nbs/images/explorer-{name}.jpg, {shot.width} x {shot.height}")
         assert not opened.errors and not opened.console, (opened.errors, opened.console)
 
 

@@ -98,7 +98,7 @@ def test_events_are_answered_in_time_with_5000_nodules(many):
     finally: torch.set_num_threads(threads)
     print(f"\n{many.net.settings.network}, p95 with {MANY} nodules: click {click}; slider {slider}; lasso of 100 {lasso}; "
           f"slider while the plane is drawn {both} (n = {len(both.cpu)})")
-    slack = 1 if os.getloadavg()[0] < os.cpu_count() else 3   # crowded processors are slower at everything
+    slack = 1.5 if os.getloadavg()[0] < os.cpu_count() else 4   # other machines are slower, crowded ones much slower
     assert click.p95() < 150 * slack and slider.p95() < 120 * slack and lasso.p95() < 200 * slack
     assert len(both.cpu) > 3 and both.p95() < 120 * slack, "the plane blocks the sliders"
 

@@ -99,7 +99,7 @@ MARKS = {"chosen": ("circle-open", 19, 4), "same case": ("diamond-open", 14, 2),
 def map_figure(run: OpenRun, color: str, drawn: LatentMap, marks: dict[str, np.ndarray]) -> go.Figure:
     "Nodules on a map, coloured by a column of `colour_choices`; positions in the table by what marks them, see `MARKS`."
     p, xy, names = paint(run, color), drawn.now, [as_text(n) for n in run.table.image_id]
-    fig = go.Figure(layout=dict(template=TEMPLATE, height=450, width=490, dragmode="lasso", hovermode="closest", uirevision="map"))
+    fig = go.Figure(layout=dict(template=TEMPLATE, height=475, width=490, dragmode="lasso", hovermode="closest", uirevision="map"))
     fig.add_scattergl(x=xy.x, y=xy.y, mode="markers", marker=dict(size=8, color=p.colors), text=names, hovertemplate="%{text}<extra></extra>",
                       name="nodules", showlegend=False, selected_marker_opacity=1, unselected_marker_opacity=0.25)
     fig.add_scatter(x=[None], y=[None], mode="markers", marker=color_bar(p), showlegend=False, hoverinfo="skip", name="colours")
@@ -107,7 +107,8 @@ def map_figure(run: OpenRun, color: str, drawn: LatentMap, marks: dict[str, np.n
         style = dict(symbol=symbol, size=size, color=VERMILLION if name == "chosen" else GREY, line_width=width)
         fig.add_scatter(x=xy.x[at], y=xy.y[at], mode="markers", marker=style, name=name, hoverinfo="skip")
     fig.update_xaxes(title_text=drawn.axes[0]).update_yaxes(title_text=drawn.axes[1])
-    return fig.update_layout(margin=dict(l=60, r=10, t=40, b=50))
+    legend = dict(y=0, yanchor="bottom")                      # below, where the figure's tools are not
+    return fig.update_layout(margin=dict(l=60, r=10, t=40, b=75), legend=legend)
 
 def repaint(fig: go.Figure, run: OpenRun, color: str) -> None:
     "Colour a figure that `map_figure` has made by another column."
