@@ -21,7 +21,7 @@ def main(run_dir: Path) -> None:
         for name, where in PICTURES.items():
             part = opened.page.locator(where)
             part.wait_for(timeout=120_000)
-            until(lambda part=part: "..." not in part.text_content(), f"{name} has all its maps", opened.page, 600)
+            until(lambda part=part: "…" not in part.text_content(), f"{name} has all its maps", opened.page, 600)
             shot = Image.open(opened.screenshot(Path(folder) / f"{name}.png", part)).convert("RGB")
             shot.save(ROOT / f"nbs/images/explorer-{name}.jpg", quality=85, subsampling=0, optimize=True)
             print(f"nbs/images/explorer-{name}.jpg, {shot.width} x {shot.height}")
