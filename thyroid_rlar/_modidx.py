@@ -1023,7 +1023,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/thyroid_rlar', 'doc_host':
                                      'thyroid_rlar.opened.OpenRun.contour': ('opened.html#openrun.contour', 'thyroid_rlar/opened.py'),
                                      'thyroid_rlar.opened.OpenRun.epochs': ('opened.html#openrun.epochs', 'thyroid_rlar/opened.py'),
                                      'thyroid_rlar.opened.OpenRun.image': ('opened.html#openrun.image', 'thyroid_rlar/opened.py'),
-                                     'thyroid_rlar.opened.OpenRun.latents_at': ('opened.html#openrun.latents_at', 'thyroid_rlar/opened.py'),
                                      'thyroid_rlar.opened.OpenRun.predicted': ('opened.html#openrun.predicted', 'thyroid_rlar/opened.py'),
                                      'thyroid_rlar.opened.OpenRun.rows': ('opened.html#openrun.rows', 'thyroid_rlar/opened.py'),
                                      'thyroid_rlar.opened.OpenRun.scale': ('opened.html#openrun.scale', 'thyroid_rlar/opened.py'),

@@ -91,13 +91,6 @@ def epochs(self: OpenRun) -> list[int]:
     "Epochs whose latents were kept."
     return sorted(int(path.stem) for path in self.folder.glob("latents/*.npz")) if self.folder else []
 
-@patch
-def latents_at(self: OpenRun, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    "Rows (m,) of the watched images and their pooled z (m,C) as they were at an epoch. DataError when it was not kept."
-    def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-        with np.load(path) as kept: return kept["row"], kept["z"]
-    return read_whole(self.folder / "latents" / f"{epoch:03d}.npz", read)
-
 # %% ../nbs/78_opened.ipynb #7858908e
 def image_table(net: MultitaskNet, data: NoduleData, rows: Sequence[int], rlar: RLAR, tasks: Sequence[str], evidence: Sequence[str],
                 scaler: EvidenceScaler | None, progress: bool = True) -> tuple[pd.DataFrame, np.ndarray]:
