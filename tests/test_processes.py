@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+import torch
+
 SCRIPT = """
 import json, sys
 import numpy as np
@@ -42,6 +46,38 @@ found = dict(said=said, best=trainer.best, steps=len(trainer.loader), state=stat
 (folder / f"{rank}.json").write_text(json.dumps(found))
 """
 
+JOINED = """
+import json, os, sys
+import numpy as np
+import torch
+from pathlib import Path
+from thyroid_rlar.files import resolve
+from thyroid_rlar.folder import read_folder
+from thyroid_rlar.loader import NoduleData, make_split, prepare
+from thyroid_rlar.methods import Options, make_objective
+from thyroid_rlar.network import MultitaskNet, NetworkSettings
+from thyroid_rlar.training import FitSettings, Trainer
+
+folder, world = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1))
+torch.set_num_threads(1)
+phantoms = read_folder(resolve("data/phantom"), verbose=False)
+evidence = np.random.default_rng(0).normal(size=(len(phantoms), 3))
+data = NoduleData(prepare(phantoms, (64, 96), folder / "cache", n_jobs=1, progress=False), evidence)
+torch.manual_seed(0)
+net = MultitaskNet(NetworkSettings(grades=5, evidence=3, stride=8, width=32, embedding=16, freeze_norm=True, dropout=0.0))
+settings = FitSettings(epochs=2, batch_size=8 // world, device="cpu")
+trainer = Trainer(net, make_objective("rlar", Options(strength=0.2)), data, make_split(phantoms), settings, folder / f"run{world}")
+seen = []
+step = trainer.objective.backward
+def listen(net, batch, context):
+    seen.append(batch["index"].tolist())
+    return step(net, batch, context)
+trainer.objective.backward = listen
+history = trainer.fit()
+if trainer.accelerator.is_main_process: torch.save({n: t.clone() for n, t in trainer.net.state_dict().items()}, folder / f"weights{world}.pt")
+(folder / f"seen{world}-{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
+"""
+
 
 def launch_two(folder: Path, script: str, *arguments: object, **environment: str) -> None:
     "Run a script in two processes that know of each other, and wait; fail with what one of them said."
@@ -69,6 +105,20 @@ def test_both_end_with_the_same_network_and_one_run_folder(tmp_path):
     assert first["said"] == second["said"] == "" and first["steps"] == second["steps"] > 0
     assert first["best"] == second["best"] and first["state"] == second["state"]
     assert (tmp_path / "run/model.safetensors").is_file()
+
+
+def test_two_processes_train_as_one_with_the_joined_batch(tmp_path):
+    "Same images in each step, same weights, same measurements; what differs is the order in which numbers are added."
+    launch_two(tmp_path, JOINED, tmp_path)
+    subprocess.run([sys.executable, tmp_path / "script.py", tmp_path], check=True, timeout=300, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
+    seen = [json.loads((tmp_path / f"seen{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")]
+    assert len(seen[0]) > 4 and seen[0] == [first + second for first, second in zip(*seen[1:])]
+    alone, two = (torch.load(tmp_path / f"weights{n}.pt", weights_only=True) for n in (1, 2))
+    for name, weight in alone.items():
+        if weight.is_floating_point(): assert (two[name] - weight).norm() <= 1e-4 * weight.norm() + 1e-6, name
+    history = [pd.read_parquet(tmp_path / f"run{n}/history.parquet").query("kind == 'epoch'").reset_index(drop=True) for n in (1, 2)]
+    for column in ("loss_seg", "loss_risk", "loss_evidence", "dice", "cos_pooled_mean", "excess", "rlar_weight", "strength"):
+        np.testing.assert_allclose(history[1][column], history[0][column], rtol=1e-3, atol=1e-4, err_msg=column)
 
 
 def test_where_one_must_stop_both_do(tmp_path):

@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import ndimage
-from scipy.stats import rankdata
 from scipy.stats import t as student
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from torch import Tensor
 from .evaluation import write_json
 from .files import read_json, read_whole, resolve, write_whole
 from .instruments import batch_dice, probe
-from .intervals import bootstrap, ratio
+from .intervals import bootstrap, spearman
 from .loader import NoduleData, eval_loader
 from .methods import METHODS
 from .network import MultitaskNet
@@ -195,17 +194,9 @@ def per_network(table: pd.DataFrame, labels: str) -> pd.DataFrame:
     turned = {f"turned_{where}": means[f"answers_{where}"] - means[f"born_answers_{where}"] for where in WHERE}
     return means.assign(learnt=learnt, **turned).reset_index()
 
-def _spearman(table: pd.DataFrame, x: str, y: str, weights: np.ndarray | None = None) -> float | np.ndarray:
-    "Rank correlation of two columns, or (B,) of resamples with weights (B,n): whole numbers whose rows add up to n. NaN where one is constant."
-    drawn = np.arange(len(table))[None] if weights is None else np.array([np.repeat(np.arange(len(table)), w.astype(int)) for w in weights])
-    a, b = (rankdata(table[c].to_numpy(float)[drawn], axis=1) for c in (x, y))
-    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
-    rho = ratio((a * b).sum(1), np.sqrt((a**2).sum(1) * (b**2).sum(1)))
-    return float(rho[0]) if weights is None else rho
-
-def rank_correlation(networks: pd.DataFrame, column: str, against: str = "conflict") -> dict[str, float | int]:
-    "Spearman correlation of two columns over networks, with its 95 % bootstrap interval over networks."
-    return bootstrap(networks.assign(network=range(len(networks))), partial(_spearman, x=against, y=column), "network")
+def rank_correlation(networks: pd.DataFrame, column: str, against: str = "conflict", by: str = "network") -> dict[str, float | int]:
+    "Spearman correlation of two columns over networks, with its 95 % bootstrap interval over them, or over another column's values (`seed`)."
+    return bootstrap(networks.assign(network=range(len(networks))), partial(spearman, x=against, y=column), by)
 
 # %% ../nbs/73_dial.ipynb #f1f04354
 def paired_turns(networks: pd.DataFrame, column: str, objective: str = "rlar", baseline: str = "sum") -> pd.DataFrame:

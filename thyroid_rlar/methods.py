@@ -19,8 +19,9 @@ from torchjd import aggregation, autojac
 
 # %% ../nbs/48_methods.ipynb #74975b11
 from .network import MultitaskNet
-from .objectives import Lambda, Objective, RLARObjective, StepContext, StepReport, _look, _report, ramp
+from .objectives import Objective, RLARObjective, StepContext, StepReport, _look, _report
 from .rlar import RLAR
+from .steering import Lambda, ramp
 from .weighing import DynamicAverage, Famo, GradNorm, Method, Rotated, Uncertainty, _tasks, _values
 
 # %% ../nbs/48_methods.ipynb #f39d5a87
@@ -99,9 +100,9 @@ class MatchedDecay(Objective):
             for p in shared: p.grad += report.weight * context.scale * p
         return report
 
-    def state_dict(self) -> dict[str, Tensor]: return {"norms": self.weight.norms}
+    def state_dict(self) -> dict[str, Tensor]: return self.weight.state_dict()
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: self.weight.norms = state["norms"]
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: self.weight.load_state_dict(state)
 
 # %% ../nbs/48_methods.ipynb #3fbb1104
 @dataclass(frozen=True)
@@ -110,13 +111,14 @@ class Options:
     rlar: RLAR = field(default_factory=RLAR)
     weights: dict[str, float] = field(default_factory=dict)     # of the tasks' losses
     strength: float = 0.0                                       # see `RLARObjective`
+    strength_at: str = "z"
     warmup: float = 0.0
     schedule: str = "constant"
     seed: int = 0
     pairs: dict[tuple[str, str], float] | None = None           # of tasks whose directions RLAR compares; default: mask and grade
 
 # options of RLAR that not every method reads; place, form and margin are also what E is measured with
-STEERING = ("weight", "mode", "magnitude", "strength", "warmup", "schedule", "pairs")
+STEERING = ("weight", "mode", "magnitude", "strength", "strength_at", "warmup", "schedule", "pairs")
 
 @dataclass(frozen=True)
 class Entry:
@@ -132,7 +134,8 @@ def _rlar(form: str | None = None, partner: str = "own") -> Callable[[Options], 
     "RLAR as asked for, or in another form (which has the place and the mode asked for, and no margin)."
     def make(o: Options) -> Objective:
         rlar = o.rlar if form is None else RLAR(o.rlar.weight, 0.0, form, o.rlar.where, o.rlar.mode, o.rlar.magnitude)
-        return RLARObjective(rlar, o.weights, o.strength, partner, o.warmup, o.schedule, o.seed, o.pairs if partner == "own" else None)
+        pairs = o.pairs if partner == "own" else None
+        return RLARObjective(rlar, o.weights, o.strength, o.strength_at, partner, o.warmup, o.schedule, o.seed, pairs)
     return make
 
 def _only(**weights: float) -> Callable[[Options], Objective]: return lambda o: Objective(o.weights | weights)
