@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'PAIRS', 'PARTNERS', 'TaskLosses', 'segmentation_loss', 'evidence_loss', 'task_losses', 'StepContext',
-           'StepReport', 'Objective', 'RLARObjective', 'check_processes']
+           'StepReport', 'Objective', 'read_pairs', 'RLARObjective', 'check_processes']
 
 # %% ../nbs/45_objectives.ipynb #003
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -253,6 +254,21 @@ def _checked_pairs(pairs: dict[tuple[str, str], float] | None, partner: str) -> 
         raise ValueError(f"pairs: found {pairs}, expected weights of 0 or more, not all 0")
     if partner != "own": raise ValueError(f"pairs: found {pairs} with partner {partner!r}, expected none: the controls compare mask and grade")
     return dict(pairs)
+
+def read_pairs(text: str) -> dict[tuple[str, str], float]:
+    "Weights of pairs of tasks from `all`, or `seg-risk:1,seg-evidence:0.5` (1 where not said). Raises ValueError for another text."
+    if text == "all": return dict.fromkeys(PAIRS, 1.0)
+    found = {}
+    for part in text.split(","):
+        name, _, weight = part.partition(":")
+        pair = next((p for p in PAIRS if set(p) == set(name.strip().split("-"))), None)
+        try: number = float(weight or 1)
+        except ValueError: number = math.nan
+        if pair is None or pair in found or not 0 < number < math.inf:
+            raise ValueError(f"pairs: found {part!r} in {text!r}, expected all, or some of "
+                             f"{', '.join(map('-'.join, PAIRS))}, each once, with a weight above 0 behind a colon: seg-risk:1,seg-evidence:0.5")
+        found[pair] = number
+    return found
 
 def _drawn(objective: "RLARObjective", g: Tensor) -> Tensor:
     "A random direction for each image, where the regulariser looks: like g (B,C,...), or (B,C) at `pooled`."

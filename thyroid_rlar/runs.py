@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'RANGES', 'PACKAGES', 'OUTPUTS', 'MethodSettings', 'RunSettings', 'ParameterError', 'read_size',
-           'typed_parameters', 'read_pairs', 'make_rlar', 'run_objective', 'check_parameters', 'parameters_of',
-           'from_notebook', 'recorded_settings', 'changed_parameters', 'run_folder', 'set_aside', 'one_reader',
-           'open_source', 'RunData', 'load_data', 'label_counts', 'trained_tasks', 'split_table', 'check_split',
-           'make_trainer']
+           'typed_parameters', 'make_rlar', 'run_objective', 'check_parameters', 'parameters_of', 'from_notebook',
+           'recorded_settings', 'changed_parameters', 'run_folder', 'set_aside', 'one_reader', 'open_source', 'RunData',
+           'load_data', 'label_counts', 'trained_tasks', 'split_table', 'check_split', 'make_trainer']
 
 # %% ../nbs/55_runs.ipynb #003
 import math
@@ -32,7 +31,7 @@ from .folder import read_folder
 from .loader import MISSING_GRADE, NoduleData, Prepared, Split, make_split, prepare
 from .methods import METHODS, STEERING, Options, make_objective
 from .network import NETWORKS, MultitaskNet, NetworkSettings, check_encoder
-from .objectives import PAIRS, TASKS, Objective
+from .objectives import TASKS, Objective, read_pairs
 from .phantom import write_phantoms
 from .radiomics import EVIDENCE, EvidenceScaler, measure_manifest
 from .readers import noisy_grades, noisy_mask
@@ -149,29 +148,13 @@ def typed_parameters(values: Mapping[str, object], defaults: Mapping[str, object
     return {name: _typed(name, value, defaults[name]) for name, value in values.items()}
 
 # %% ../nbs/55_runs.ipynb #012
-def read_pairs(text: str) -> dict[tuple[str, str], float]:
-    "Weights of pairs of tasks from `all`, or `seg-risk:1,seg-evidence:0.5` (1 where not said). ParameterError for another text."
-    if text == "all": return dict.fromkeys(PAIRS, 1.0)
-    found = {}
-    for part in text.split(","):
-        name, _, weight = part.partition(":")
-        pair = next((p for p in PAIRS if set(p) == set(name.strip().split("-"))), None)
-        try: number = float(weight or 1)
-        except ValueError: number = math.nan
-        if pair is None or pair in found or not 0 < number < math.inf:
-            raise ParameterError(f"rlar_pairs: found {part!r} in {text!r}, expected all, or some of "
-                                 f"{', '.join(map('-'.join, PAIRS))}, each once, with a weight above 0 behind a colon: seg-risk:1,seg-evidence:0.5")
-        found[pair] = number
-    return found
-
 def make_rlar(s: RunSettings) -> RLAR: return RLAR(s.rlar_weight, s.rlar_margin, s.rlar_form, s.rlar_where, s.rlar_mode, s.rlar_magnitude)
 
 def run_objective(s: RunSettings) -> Objective:
     "The objective that a run trains with. Raises ImportError that says what to install, ValueError for what cannot be."
     weights = {"risk": s.risk_weight, "evidence": s.evidence_weight}
-    pairs = read_pairs(s.rlar_pairs)
-    options = Options(make_rlar(s), weights, s.rlar_strength, s.rlar_strength_at, s.rlar_warmup, s.rlar_schedule, s.seed, pairs)
-    return make_objective(s.objective, options)
+    return make_objective(s.objective, Options(make_rlar(s), weights, s.rlar_strength, s.rlar_strength_at, s.rlar_warmup, s.rlar_schedule, s.seed,
+                                               read_pairs(s.rlar_pairs)))
 
 # %% ../nbs/55_runs.ipynb #0fea2001
 def _check_yardstick(s: RunSettings) -> None:
@@ -186,7 +169,7 @@ def _check_steering(s: RunSettings) -> None:
         found, default = getattr(s, f"rlar_{name}"), getattr(RunSettings, f"rlar_{name}")
         if found != default:
             raise ParameterError(f"rlar_{name}: found {found!r}, expected {default!r}, the default: it has no effect on objective {s.objective}")
-    if any("evidence" in pair for pair in read_pairs(s.rlar_pairs)) and not s.evidence_weight:
+    if (s.rlar_pairs == "all" or "evidence" in s.rlar_pairs) and not s.evidence_weight:
         raise ParameterError(f"rlar_pairs: found {s.rlar_pairs!r}, expected seg-risk with evidence_weight 0: there is no third task")
     if s.rlar_strength_at == "upstream" and not s.rlar_strength:
         raise ParameterError("rlar_strength_at: found 'upstream', expected 'z', the default: without rlar_strength nothing is held")
