@@ -20,6 +20,8 @@ SET_ASIDE := import sys; from thyroid_rlar.runs import set_aside; set_aside(dict
 
 # notebooks run on the environment's own kernel, whatever kernels the user has
 export JUPYTER_PREFER_ENV_PATH := 1
+# the profiler, which measures memory, would print two lines at each use
+export KINETO_LOG_LEVEL := 99
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

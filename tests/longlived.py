@@ -50,10 +50,10 @@ class Restless:
     def pick(self, values): return values[int(self.rng.integers(len(values)))]
     def click(self): self.latent.choose(row=self.pick(self.latent.run.rows))
     def click_angle(self): self.angle.choose(row=self.pick(self.angle.run.rows))
-    def slide(self): self.latent.choose(seg=float(self.rng.uniform(-1, 1)), risk=float(self.rng.uniform(-1, 1)))
+    def slide(self): self.latent.choose(seg=float(self.rng.uniform(-.5, .5)), risk=float(self.rng.uniform(-.5, .5)))
     def lasso(self): self.latent.choose(picked=tuple(int(r) for r in self.rng.permutation(self.latent.run.rows)[:20]))
     def arrow(self): self.pick((self.latent, self.angle)).step(1)
-    def epoch(self): self.angle.choose(epoch=self.pick(self.angle.run.epochs))
+    def epoch(self): self.angle.choose(epoch=self.pick(self.angle.run.epochs()))
     def attribute(self): self.attribution.choose(row=self.pick(self.attribution.run.rows), target=self.pick(list(self.attribution.targets)))
 
 

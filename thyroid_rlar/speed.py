@@ -30,8 +30,8 @@ from .benchmark import Bench, build, judged, make_bench
 from .files import resolve
 from .folder import read_folder
 from .loader import NoduleData, Prepared, Split, prepare
-from .network import MultitaskNet, NetworkSettings
-from .objectives import Objective, RLARObjective, StepContext, StepReport, _counts, _Heads, _means, _regularised, _report
+from .network import Depthwise, MultitaskNet, NetworkSettings
+from .objectives import Objective, RLARObjective, StepContext, StepReport, _counts, _Heads, _means, _regularised, _report, task_losses
 from .runs import one_reader
 from .training import Averaged, FitSettings, RunLog, StepLog, Trainer, Watch
 
@@ -106,8 +106,29 @@ def _as_products(net: nn.Module) -> None:
     for m in net.modules():
         if type(m) is nn.Conv2d and m.kernel_size == m.stride == (1, 1) and m.groups == 1: m.__class__ = _Pointwise
 
+# %% ../nbs/74_speed.ipynb #e396ebe4
+class _ByFormula(RLARObjective):
+    "RLAR by its formula: no cut at z, a backward pass for each direction and one for the sum of everything."
+    def backward(self, net: MultitaskNet, batch: dict[str, Tensor], context: StepContext | None = None) -> StepReport:
+        output = net(batch["image"], batch["valid"])
+        losses = task_losses(output, batch)
+        means = _means(losses, _counts(losses, StepContext()))
+        alignment = self.rlar(losses.seg, losses.risk, output.z, losses.has_seg & losses.has_risk)
+        (self.total(means) + self.rlar.weight * alignment.penalty).backward()
+        return _report(losses, means, alignment)
+
+def _rlar_steps(changes: Mapping, **options) -> dict[str, Callable[[], None]]:
+    "RLAR's step as it is, with PyTorch's derivatives of depthwise convolutions, and by the formula."
+    now, before, formula = (make_bench(changes, **options) for _ in range(3))
+    for m in before.net.modules():
+        if type(m) is Depthwise: m.__class__ = nn.Conv2d
+    o = build("rlar_exact")
+    objective = RLARObjective(o.rlar, o.weights)               # lambda as a number: the formula has no other
+    return {"RLAR as it is": partial(now.step, objective), "RLAR, PyTorch's depthwise derivatives": partial(before.step, objective),
+            "RLAR by the formula": partial(formula.step, _ByFormula(o.rlar, o.weights))}
+
 def variants(changes: Mapping | None = None, compiled: bool = False, **options) -> dict[str, Callable[[], None]]:
-    "Steps of the plain sum that differ in one thing from `as it is`. Options: of `make_bench`."
+    "Steps that differ in one thing from the plain sum's, `as it is`, and RLAR's as it is and was. Options: of `make_bench`."
     names = ["as it is", "NCHW instead of channels_last", "AdamW not fused", "1x1 convolutions as products", "bfloat16"]
     benches = {name: make_bench(changes or {}, **options) for name in names + ["compiled encoder"] * compiled}
     _, contiguous, plain, products, bf16, *rest = benches.values()
@@ -117,7 +138,7 @@ def variants(changes: Mapping | None = None, compiled: bool = False, **options) 
     bf16.accelerator = copy.copy(bf16.accelerator)
     bf16.accelerator.autocast = partial(torch.autocast, options.get("device", "cpu"), torch.bfloat16)
     for bench in rest: bench.net.encoder.compile()
-    return {name: partial(bench.step, build("sum")) for name, bench in benches.items()}
+    return {name: partial(bench.step, build("sum")) for name, bench in benches.items()} | _rlar_steps(changes or {}, **options)
 
 # %% ../nbs/74_speed.ipynb #0321d956
 def ddti_sized(size: tuple[int, int] = (160, 224), train: int = 270, val: int = 48, evidence: int = 15) -> tuple[NoduleData, Split]:
