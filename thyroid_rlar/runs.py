@@ -28,6 +28,7 @@ from .ddti import read_ddti
 from .evaluation import write_json
 from .files import DataError, code_digest, digest, inside, read_json, read_whole, remove, resolve, write_text, write_whole
 from .folder import read_folder
+from .leakage import check_scaler, check_split_leaks
 from .loader import MISSING_GRADE, NoduleData, Prepared, Split, make_split, prepare
 from .methods import METHODS, STEERING, Options, make_objective
 from .network import NETWORKS, MultitaskNet, NetworkSettings, check_encoder
@@ -388,6 +389,8 @@ def make_trainer(s: RunSettings, run: RunData, folder: Path, callbacks: Sequence
     info = {"scale": scale.name, "image_size": list(s.image_size), "evidence": [item.name for item in EVIDENCE], "scaler": run.scaler.to_dict(),
             "objective": s.objective, "tasks": trained_tasks(objective, run)}
     if s.resume: check_split(run, folder)
+    check_split_leaks(run.data.prepared, run.split)
+    check_scaler(run.scaler, run.measured[[item.name for item in EVIDENCE]].to_numpy(float), run.split)
     trainer = Trainer(net, objective, run.data, run.split, fit, folder, make_rlar(s), callbacks, info)
     if trainer.accelerator.is_main_process:     # last: whatever fails before leaves an earlier run whole
         _begin(s, folder, None if s.resume else split_table(run))
