@@ -213,13 +213,15 @@ def _regularised(part: _Heads, objective: "RLARObjective", counts: dict[str, Ten
     everything = [*seg, *risk[1:]]
     g_penalty = torch.autograd.grad(alignment.penalty * scale, everything, allow_unused=True)
     first, *rest = (g.detach() for g in at_z.values())
-    tasks = sum(rest, first)
+    tasks = first + rest.pop(0)
+    for g in rest: tasks += g                                  # in place: z is large, and fresh memory takes longer than the sum
     def upstream() -> tuple[Tensor, Tensor]:
         both = (tasks, *g_seg[1:]), [None if g is None else g * share for g in g_penalty]
         return tuple(context.reduce(_upstream(part, g)) for g in both)
-    weight = objective.weight.update(tasks, g_penalty[0] * share, context.reduce, upstream)
-    g_penalty = [None if g is None else weight * g for g in g_penalty]
-    part.leaves[0].grad = tasks + g_penalty[0]                 # z is large: the sum that is there already
+    at_penalty = g_penalty[0] if share == 1 else g_penalty[0] * share
+    weight = objective.weight.update(tasks, at_penalty, context.reduce, upstream)
+    part.leaves[0].grad = tasks.addcmul_(weight, g_penalty[0])
+    g_penalty = [None, *(None if g is None else weight * g for g in g_penalty[1:])]
     for tensors, gradients in ((seg, g_seg), (risk, g_risk), (risk, g_evidence), (everything, g_penalty)): _accumulate(tensors[1:], gradients[1:])
     return alignment, weight
 
