@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CHOICES', 'RANGES', 'PACKAGES', 'OUTPUTS', 'MethodSettings', 'RunSettings', 'ParameterError', 'read_size',
            'typed_parameters', 'make_rlar', 'run_objective', 'check_parameters', 'parameters_of', 'from_notebook',
-           'recorded_settings', 'changed_parameters', 'run_folder', 'set_aside', 'one_reader', 'open_source', 'RunData',
-           'load_data', 'label_counts', 'trained_tasks', 'split_table', 'check_split', 'make_trainer']
+           'recorded_settings', 'changed_parameters', 'folder_of', 'run_folder', 'set_aside', 'one_reader',
+           'open_source', 'RunData', 'load_data', 'label_counts', 'trained_tasks', 'split_table', 'check_split',
+           'make_trainer']
 
 # %% ../nbs/55_runs.ipynb #003
 import math
@@ -251,11 +252,13 @@ def _check_folder(s: RunSettings, folder: Path) -> None:
         raise ParameterError(f"{'resume' if s.resume else 'out_dir'}: the run in {folder} has other parameters: {', '.join(changed)}; {advice}")
 
 # %% ../nbs/55_runs.ipynb #0eb93d95
-def _folder(s: RunSettings) -> Path: return resolve(s.out_dir or f"runs/{s.source}-{s.objective}-f{s.fold}-s{s.seed}")
+def folder_of(s: RunSettings) -> Path:
+    "The folder that a run's parameters name."
+    return resolve(s.out_dir or f"runs/{s.source}-{s.objective}-f{s.fold}-s{s.seed}")
 
 def run_folder(s: RunSettings) -> Path:
     "The run's folder, made if needed, what lies there untouched. ParameterError when another run's does, DataError when it cannot be written."
-    folder = _folder(s)
+    folder = folder_of(s)
     _check_folder(s, folder)
     remove(write_text(folder / ".can-be-written", ""))      # said now, and not after the data have been measured
     return folder
@@ -273,7 +276,7 @@ def _begin(s: RunSettings, folder: Path, split: pd.DataFrame | None) -> None:
 def set_aside(values: Mapping[str, object]) -> None:
     "Rename the folder of a run with these parameters to <folder>.old-<date and time> if it holds another run, and say so."
     s = check_parameters(values)
-    folder = _folder(s)
+    folder = folder_of(s)
     try: _check_folder(s, folder)
     except (ParameterError, DataError) as error:
         if s.resume: raise

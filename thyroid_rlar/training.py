@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedType, set_seed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -273,9 +273,14 @@ def make_accelerator(s: FitSettings, folder: Path) -> Accelerator:
         warnings.warn("precision bf16: this processor has no bfloat16 and imitates it, some ten times slower than fp32", stacklevel=2)
     single = "WORLD_SIZE" not in os.environ
     AcceleratorState._reset_state(reset_partial_state=single)
-    return Accelerator(mixed_precision={"fp32": "no"}.get(s.precision, s.precision), cpu=s.device == "cpu",
+    made = Accelerator(mixed_precision={"fp32": "no"}.get(s.precision, s.precision), cpu=s.device == "cpu",
                        dataloader_config=DataLoaderConfiguration(non_blocking=True),
                        log_with="tensorboard" if s.tensorboard else None, project_dir=folder)
+    if (n := made.gradient_accumulation_steps) > 1:           # as `accelerate launch` can ask for
+        raise ValueError(f"gradient accumulation: found {n} batches a step, expected 1: label counts, lambda and combined gradients are a batch's own")
+    if made.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(f"distribution: found {made.distributed_type.value}, expected whole networks on several CPUs or GPUs")
+    return made
 
 # %% ../nbs/50_training.ipynb #31000e03
 class Trainer:
