@@ -41,6 +41,14 @@ def browser_or_skip() -> str:
     (pytest.fail if os.environ.get("THYROID_RLAR_BROWSER") == "required" else pytest.skip)(NO_BROWSER)
 
 
+def explore_notebook(run_dir: Path, **values: object) -> nbformat.NotebookNode:
+    "nbs/explore.ipynb, set to a run; `values` are others of its parameters."
+    nb = nbformat.read(ROOT / "nbs/explore.ipynb", as_version=4)
+    parameters, = (cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", []))
+    parameters.source += "".join(f"\n{name} = {value!r}" for name, value in {"run_dir": str(run_dir), **values}.items())
+    return nb
+
+
 def until(true: Callable[[], object], what: str, page: Page, seconds: float = 30) -> object:
     "The first true answer; the page lives on while we wait. AssertionError says what did not happen."
     end = time.monotonic() + seconds
@@ -98,8 +106,7 @@ class Notebook:
         return self
 
     def settle(self, seconds: float = 30) -> None:
-        """Wait until the kernel has nothing to do. While it is busy, widgets keep only the newest event that waits for it: a mouse that moves on
-        makes a click or a lasso unsaid."""
+        "Wait until the kernel has nothing to do. While it is busy, widgets keep only the newest event that waits for it."
         self.page.wait_for_timeout(150)
         until(lambda: not self.busy and time.monotonic() - self.heard > 0.25, "the kernel is idle", self.page, seconds)
 
@@ -156,16 +163,17 @@ class Notebook:
         self.settle()
         self.page.wait_for_timeout(350)         # what follows sooner it takes for a double click
 
-    def lasso(self, plot: Locator, points: Sequence[tuple[float, float]], axes: str = "") -> None:
-        "Draw a lasso through points in data coordinates, on a figure whose dragmode is lasso. End it away from points, see `settle`."
-        self._trace(self._pixels(plot, points, axes))
+    def lasso(self, plot: Locator, points: Sequence[tuple[float, float]], axes: str = "", then: Sequence[tuple[float, float]] = ()) -> None:
+        "Draw a lasso through points in data coordinates, on a figure whose dragmode is lasso, and move the mouse over other points at once."
+        self._trace(self._pixels(plot, points, axes), self._pixels(plot, then, axes))
 
-    def _trace(self, path: Sequence[tuple[float, float]]) -> None:
-        "Drag the mouse along a path in the window."
+    def _trace(self, path: Sequence[tuple[float, float]], then: Sequence[tuple[float, float]] = ()) -> None:
+        "Drag the mouse along a path in the window, and go on without a button pressed."
         self.page.mouse.move(*path[0])
         self.page.mouse.down()
         for point in path[1:]: self.page.mouse.move(*point, steps=8)
         self.page.mouse.up()
+        for point in then: self.page.mouse.move(*point, steps=3)
         self.settle()
 
     def screenshot(self, path: Path, part: Locator | None = None) -> Path:

@@ -3,8 +3,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import nbformat
-from lab import ROOT, Lab, until
+from lab import ROOT, Lab, explore_notebook, until
 from PIL import Image
 
 PICTURES = {"latent": ".rlar-explorer >> nth=0", "angles": ".rlar-explorer >> nth=1", "attribution": ".rlar-explorer >> nth=2",
@@ -12,11 +11,8 @@ PICTURES = {"latent": ".rlar-explorer >> nth=0", "angles": ".rlar-explorer >> nt
 
 
 def main(run_dir: Path) -> None:
-    nb = nbformat.read(ROOT / "nbs/explore.ipynb", as_version=4)
-    parameters = next(c for c in nb.cells if "parameters" in c.metadata.get("tags", []))
-    parameters.source = f"run_dir, images, beside = {str(run_dir)!r}, 'unseen', []"
     with tempfile.TemporaryDirectory() as folder, Lab(Path(folder)) as lab:
-        opened = lab.open(nb, "explore.ipynb").run_all(900)
+        opened = lab.open(explore_notebook(run_dir), "explore.ipynb").run_all(900)
         opened.settle(300)
         for name, where in PICTURES.items():
             part = opened.page.locator(where)

@@ -2,9 +2,8 @@
 import json
 from pathlib import Path
 
-import nbformat
 import pytest
-from lab import ROOT, Lab, Notebook, until
+from lab import Lab, Notebook, explore_notebook, until
 from playwright.sync_api import Locator
 from test_runs import papermill
 
@@ -29,10 +28,7 @@ def lab(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(lab, run_dir):
-    nb = nbformat.read(ROOT / "nbs/explore.ipynb", as_version=4)
-    parameters = next(c for c in nb.cells if "parameters" in c.metadata.get("tags", []))
-    parameters.source = f"run_dir, images, beside = {str(run_dir)!r}, 'unseen', []"
-    opened = lab.open(nb, "explore.ipynb").run_all(300)
+    opened = lab.open(explore_notebook(run_dir), "explore.ipynb").run_all(300)
     opened.settle()
     yield opened
     assert not opened.errors and not opened.console, (opened.errors, opened.console)
@@ -51,7 +47,6 @@ def plots(box: Locator) -> Locator:
     found, drawn = box.locator(".js-plotly-plot"), "all => all.every(p => p._fullData && p._fullData.length)"
     until(lambda: found.evaluate_all(drawn), "all figures are drawn", box.page)
     return found
-
 
 
 def chosen(box: Locator) -> str:
@@ -96,14 +91,16 @@ def test_sliders_move_mask_and_grade(opened):
 
 
 def test_a_lasso_gives_a_cohort(opened, lab):
+    "Even if the mouse runs on over other nodules while the kernel is busy."
     box = explorer(opened, 0)
     drawing = plots(box).first
     xs, ys = (opened.data(drawing, 0, axis) for axis in "xy")
     left, right, low, high = min(xs), max(xs), min(ys), max(ys)
-    w, h = 0.04 * (right - left), 0.04 * (high - low)
-    opened.lasso(drawing, [(left - w, low - h), (right + w, low - h), (right + w, high + h), (left - w, high + h), (left - w, low - h)])
+    w, h, middle = 0.04 * (right - left), 0.04 * (high - low), sum(sorted(xs)[len(xs) // 2 - 1:][:2]) / 2
+    path = [(left - w, low - h), (middle, low - h), (middle, high + h), (left - w, high + h), (left - w, low - h)]
+    opened.lasso(drawing, path, then=list(zip(xs, ys)))
     until(lambda: box.get_by_text("Cohort within the lasso").is_visible(), "the cohort shows", opened.page)
-    assert box.get_by_text("as CSV").is_visible()
+    assert box.get_by_text(f"save all {sum(x < middle for x in xs)} as CSV").is_visible()
     opened.screenshot(lab.screenshots / "cohort.png", box)
 
 
@@ -127,6 +124,14 @@ def test_epochs_and_places_of_the_angle(opened, lab):
     assert drawing.evaluate("p => p._fullLayout.xaxis2.title.text").startswith("component 1")
     opened.key("map at epoch", "ArrowLeft", 1)
     until(lambda: opened.data(drawing, number, "x") != before, "the map moves to another epoch", opened.page)
+    before = opened.data(drawing, number, "x")
+    opened.drag("map at epoch", 0)
+    until(lambda: opened.data(drawing, number, "x") != before, "and to the first", opened.page)
+    xs, ys, nodule = *(opened.data(drawing, number, axis) for axis in "xy"), chosen(box)
+    names = opened.data(drawing, number, "text")
+    other = max((k for k in range(len(xs)) if not names[k].startswith(f"{nodule},")), key=lambda k: abs(xs[k]))
+    opened.click_point(drawing, (xs[other], ys[other]), "2")
+    until(lambda: names[other].startswith(f"{chosen(box)},"), "a click on the map opens that nodule", opened.page)
     title = drawing.inner_text()
     box.get_by_role("button", name="map", exact=True).click()
     until(lambda: drawing.inner_text() != title, "another place of the angle", opened.page)
@@ -141,6 +146,13 @@ def test_other_targets_are_attributed(opened, lab):
     targets = opened.page.locator(".widget-inline-hbox").filter(has=opened.page.locator(".widget-label:text-is('target')")).locator("select")
     targets.select_option(index=2)
     until(lambda: drawing.evaluate(pictures) != before, "the attribution changes with the target", opened.page, 90)
+    bars = "p => JSON.stringify(Array.from(p._fullData.find(t => t.name === 'share').x))"
+    shares = drawing.evaluate(bars)
+    opened.choose("method", "occlusion, 24 pixels")
+    until(lambda: drawing.evaluate(bars) != shares, "the shares are the other method's", opened.page, 90)
+    opened.choose("method", "layer Grad-CAM at z")
+    box.get_by_role("button", name="guided and free").click()
+    until(lambda: "through the free half" in drawing.inner_text(), "the two halves show", opened.page, 90)
     opened.settle()
     opened.screenshot(lab.screenshots / "attribution-target.png", box)
 
@@ -157,7 +169,7 @@ def test_still_pictures_through_papermill(run_dir, tmp_path):
     done = papermill("explore.ipynb", tmp_path / "explore.ipynb", "-p", "run_dir", run_dir, "-p", "nodules", 1, "-p", "out_dir", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     pages = sorted(tmp_path.glob("nodule-*.html"))
-    assert pages and all("no medical device" in page.read_text() for page in pages)
+    assert pages and all("not a medical device" in page.read_text() for page in pages)
     outputs = [o for c in json.loads((tmp_path / "explore.ipynb").read_text())["cells"] for o in c.get("outputs", [])]
     assert sum("application/vnd.plotly.v1+json" in o.get("data", {}) for o in outputs) >= 2 + 2 * len(pages)
     wrong = papermill("explore.ipynb", tmp_path / "out.ipynb", "-p", "run_dir", run_dir, "-p", "nodule", 3)

@@ -146,7 +146,7 @@ def test_report_is_a_page_that_needs_nothing(lab, theme, tmp_path):
     page.on("pageerror", lambda error: said.append(str(error)))
     page.goto(some_report().save(tmp_path / "report.html").as_uri())
     assert page.title() == f"Nodule {NASTY}" and page.locator("h1").inner_text() == f"Nodule {NASTY}"
-    assert "no medical device" in page.locator(".notice").inner_text()
+    assert "not a medical device" in page.locator(".notice").inner_text()
     page.locator("select[name=margin]").select_option("irregular")
     page.locator("button[name=TR5]").click()
     assert page.locator(".level").inner_text() == "TR4" and "composition" not in page.locator(".ways").inner_text()

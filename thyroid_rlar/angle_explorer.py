@@ -82,12 +82,12 @@ class AngleState:
     row: int | None = None      # the chosen nodule, one of those watched
     where: str = ""             # of the cosine; default: where the run's regulariser works
     split: str = ""             # val or train; default: val where there is one
-    epoch: int | None = None    # of the map, one of those kept; default: the last
+    epoch: int | None = None    # of the map, one of those kept (-1 where none was); default: the last
     method: str = "pca"         # of the map, or `umap`
 
 def _watched(run: OpenRun) -> OpenRun:
     "The run with the images that it watched. Raises ValueError when there is none."
-    kept = run.table.image_id.isin(set(run.nodules.image_id) if len(run.nodules) else ()).to_numpy()
+    kept = run.watched()
     if not kept.any(): raise ValueError(f"run {run.name}: none of its {len(run.table)} images was watched in training, so there is no course to show")
     return replace(run, table=run.table[kept], latents=run.latents[kept])
 
@@ -100,7 +100,7 @@ class AngleExplorer(Explorer):
         self.maps = LatentExplorer(run, method=chosen.get("method", "pca"))
         self.beside = [c if isinstance(c, Course) else read_course(c) for c in beside]
         run = _watched(run)
-        usual = {"where": run.rlar.where, "split": self.splits(run)[-1], "epoch": (run.epochs() or [None])[-1]}
+        usual = {"where": run.rlar.where, "split": self.splits(run)[-1], "epoch": (run.epochs() or [-1])[-1]}
         super().__init__(run, **usual | chosen)
 
     @staticmethod
@@ -108,7 +108,7 @@ class AngleExplorer(Explorer):
 
     def check(self, state: AngleState) -> None:
         super().check(state)
-        allowed = {"where": WHERE, "split": self.splits(self.run), "epoch": self.run.epochs() or [None], "method": MAPS}
+        allowed = {"where": WHERE, "split": self.splits(self.run), "epoch": self.run.epochs() or [-1], "method": MAPS}
         for name, values in allowed.items():
             if getattr(state, name) not in values: raise ValueError(f"{name}: found {getattr(state, name)!r}, expected one of {tuple(values)}")
 
@@ -182,7 +182,9 @@ def _say_what(self: AngleExplorer, fig: go.Figure) -> None:
     "Titles of the two panels that depend on the state."
     s = self.state
     fig.layout.annotations[0].text = f"task cosine ({s.where}, {'validation' if s.split == 'val' else 'training'})"
-    fig.layout.annotations[1].text = f"latent space at epoch {s.epoch}, by the reader's grade"
+    low, *_, high = self.run.scale.grades
+    kept = f"latent space at epoch {s.epoch}, reader's grade dark ({low}) to yellow ({high})"
+    fig.layout.annotations[1].text = kept if s.epoch >= 0 else "latent space: none was kept"
 
 @patch
 def _dress_axes(self: AngleExplorer, fig: go.Figure, drawn: LatentMap) -> None:
@@ -199,6 +201,8 @@ def _dress_axes(self: AngleExplorer, fig: go.Figure, drawn: LatentMap) -> None:
         update(range=[float(low - edge), float(high + edge)], title_text=title, row=1, col=2)
 
 # %% ../nbs/84_angle_explorer.ipynb #7ee207b5
+_NONE = [("none", -1)]         # a slider's only option
+
 @patch
 def build(self: AngleExplorer) -> widgets.Widget:
     epochs = self.run.epochs()
@@ -207,7 +211,7 @@ def build(self: AngleExplorer) -> widgets.Widget:
         "split": widgets.ToggleButtons(options=[({"val": "validation", "train": "training"}[s], s) for s in self.splits(self.run)],
                                        style=dict(button_width="90px")),
         "method": widgets.ToggleButtons(options=[(m.upper(), m) for m in MAPS], style=dict(button_width="70px")),
-        "epoch": widgets.SelectionSlider(options=epochs or [None], description="map at epoch", layout=dict(width="420px"),
+        "epoch": widgets.SelectionSlider(options=epochs or _NONE, description="map at epoch", layout=dict(width="420px"),
                                          style=dict(description_width="100px"), disabled=len(epochs) < 2)}
     for name, control in self.controls.items():
         control.value = getattr(self.state, name)
@@ -282,14 +286,14 @@ def refresh(self: AngleExplorer, history: pd.DataFrame, nodules: pd.DataFrame) -
     if epochs:
         z = saved_latents(self.run.folder)[epochs[-1]]
         self.maps._maps = {"pca": latent_map(z, self.run.folder, "pca")}       # fitted anew, on the last epoch so far
-    self.state = replace(self.state, epoch=epochs[-1] if epochs else None)
+    self.state = replace(self.state, epoch=(epochs or [-1])[-1])
     if self._view is None: return
     with self.fig.batch_update():
         self._draw_courses(); self._draw_map(); self._dress_axes(self.fig, self.map()); self._say_what(self.fig)
         path = self.path()
         next(self.fig.select_traces({"name": "chosen nodule"})).update(x=path.epoch, y=path[f"cos_{self.state.where}"])
     slider = self.controls["epoch"]
-    if list(slider.options) != epochs: slider.options = epochs or [None]
+    if list(slider.options) != epochs: slider.options = epochs or _NONE
     slider.value, slider.disabled = self.state.epoch, len(epochs) < 2
 
 class LiveAngles:

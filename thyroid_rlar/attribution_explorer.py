@@ -7,10 +7,7 @@ __all__ = ['AGAINST', 'FOR', 'STRONG', 'UNITS', 'WIDTH', 'SHOWN', 'DETAILS', 'ov
            'Panel', 'frame', 'fill_panel', 'fill_bars', 'AttributionState', 'targets', 'AttributionExplorer']
 
 # %% ../nbs/86_attribution_explorer.ipynb #cf3380c4
-import asyncio
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from html import escape
@@ -40,7 +37,7 @@ from thyroid_rlar.attribution import (
     risk_split,
     sanity_check,
 )
-from .explorers import CONTOURS, Explorer, facts_html, nodule_facts
+from .explorers import CONTOURS, Explorer, beside, facts_html, nodule_facts
 from .figures import BLUE, GREY, TEMPLATE, outline, png_address
 from .opened import OpenRun
 
@@ -189,7 +186,6 @@ class AttributionExplorer(Explorer):
         if not 1 <= len(self.methods) == len(methods):
             raise ValueError(f"methods: found {[label(m) for m in methods]}, expected one or more, all different")
         self.attributor, self._subjects, self._around, self._details = Attributor(run.net), {}, {}, {}
-        self._pool, self._told = ThreadPoolExecutor(1, "attribution"), (0, 1)
         first = lambda favourite, names: favourite if favourite in names else next(iter(names))
         default = dict(method=first(METHODS["integrated_gradients"], self.methods), target=first("next grade", self.targets))
         super().__init__(run, **default | chosen)
@@ -343,48 +339,34 @@ def _numbers(a: Attribution | None) -> dict[str, str]:
     return found
 
 # %% ../nbs/86_attribution_explorer.ipynb #eaf6c5ed
-class _Stopped(Exception): "Nobody waits for it any more."
-
 @patch
 def ask(self: AttributionExplorer) -> None:
-    "Have computed what the state shows and nobody knows yet; earlier work stops. At once where no kernel runs."
+    "Have computed what the state shows and nobody knows yet; earlier work stops."
     self.stop("maps")
     missing = {name: self.asked(name) for name in self.methods if self.attributor.cached(*self.asked(name)) is None}
     jobs = [(name, partial(self.attributor, *what)) for name, what in missing.items()]
     key, job = self._detail_job()
     if key is not None and key not in self._details: jobs.append((DETAILS[self.state.detail], job))
     self._bar.layout.visibility, self._doing.value = "visible" if jobs else "hidden", ""
-    try: loop = asyncio.get_running_loop()
-    except RuntimeError:
-        for _, make in jobs: make(None)
-        if jobs: self.refresh()
-        self._bar.layout.visibility = "hidden"
-        return
-    if jobs: self._work["maps"] = loop.create_task(self._run(jobs, loop))
-
-# %% ../nbs/86_attribution_explorer.ipynb #a7a7d418
-@patch
-async def _run(self: AttributionExplorer, jobs: list[tuple[str, Callable]], loop: asyncio.AbstractEventLoop) -> None:
-    halt, future = threading.Event(), None
-    def progress(*told: int) -> None:                      # called by the worker's thread
-        if halt.is_set(): raise _Stopped
-        self._told = told
-    try:
-        for name, make in jobs:
-            self._told, self._doing.value = (0, 1), name
-            future = loop.run_in_executor(self._pool, make, progress)
-            while not future.done():
-                await asyncio.wait([future], timeout=.1)
-                self._bar.value, self._bar.max = self._told
-            future.result()
-            self.refresh()
-        self._bar.layout.visibility, self._doing.value = "hidden", ""
-    except Exception as error: self.failed("attribution", error)
-    finally:
-        halt.set()
-        if future is not None: future.cancel()             # what the thread still says is for nobody
+    if jobs: self.work("maps", self._compute(jobs), self._tell)
 
 @patch
-def close(self: AttributionExplorer) -> None:
-    Explorer.close(self)
-    self._pool.shutdown(wait=False, cancel_futures=True)
+def _compute(self: AttributionExplorer, jobs: list[tuple[str, Callable]]) -> Iterator[tuple[str, tuple[int, int] | None]]:
+    "Job by job, its name with its progress; with None when it is done, and without a name when all are."
+    for name, job in jobs:
+        for told in beside(job): yield name, told
+        yield name, None
+    yield "", None
+
+@patch
+def _tell(self: AttributionExplorer, told: tuple[str, tuple[int, int] | None]) -> None:
+    self._doing.value, progress = told
+    if progress: self._bar.value, self._bar.max = progress
+    elif self._doing.value: self.refresh()
+    else: self._bar.layout.visibility = "hidden"
+
+@patch
+def failed(self: AttributionExplorer, name: str, error: Exception) -> None:
+    "As every explorer; and nothing is under way."
+    self._bar.layout.visibility, self._doing.value = "hidden", ""
+    super(AttributionExplorer, self).failed(name, error)

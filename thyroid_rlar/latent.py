@@ -10,7 +10,7 @@ __all__ = ['MAPS', 'FEWEST', 'OWN_ANSWER', 'SKIPS_FIXED', 'standardise', 'Latent
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
@@ -83,10 +83,15 @@ def lay_out(z: pd.DataFrame, before: dict[int, pd.DataFrame], method: str = "uma
 # %% ../nbs/77_latent.ipynb #02e39bf8
 def saved_latents(folder: str | Path | None) -> dict[int, pd.DataFrame]:
     "The pooled latents that a run has kept, by epoch: index image_id, a column per channel. Raises DataError naming a file that is damaged."
+    paths = [path for path in (Path(folder) / "latents").glob("*.npz") if path.stem.isdigit()] if folder else []
+    return {int(path.stem): _latents(path, path.stat().st_mtime_ns) for path in sorted(paths, key=lambda path: int(path.stem))}
+
+@lru_cache(512)
+def _latents(path: Path, written: int) -> pd.DataFrame:
+    "One epoch's, read once: a run in training, and a UMAP in the making, ask again and again."
     def read(path: Path) -> pd.DataFrame:
         with np.load(path) as arrays: return pd.DataFrame(arrays["z"], index=pd.Index(arrays["image_id"], name="image_id"))
-    paths = sorted((Path(folder) / "latents").glob("*.npz")) if folder else []
-    return {int(path.stem): read_whole(path, read) for path in paths if path.stem.isdigit()}
+    return read_whole(path, read)
 
 def _read_map(path: Path, key: str) -> LatentMap | None:
     "The map stored under this key, if there is one."

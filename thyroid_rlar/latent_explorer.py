@@ -7,7 +7,6 @@ __all__ = ['NEAR', 'LatentState', 'LatentExplorer']
 
 # %% ../nbs/82_latent_explorer.ipynb #8ecd7f1f
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
@@ -21,9 +20,9 @@ from fastcore.basics import patch
 from plotly.subplots import make_subplots
 
 # %% ../nbs/82_latent_explorer.ipynb #74b54f61
-from .explorers import Explorer, facts_html, nodule_facts, picture, redraw
+from .explorers import Explorer, beside, facts_html, nodule_facts, picture, redraw
 from .figures import GREY, TEMPLATE, as_text
-from .latent import MAPS, Decoded, LatentMap, Plane, Traversal, latent_map, neighbours, plane, standardise
+from .latent import FEWEST, MAPS, Decoded, LatentMap, Plane, Traversal, latent_map, neighbours, plane, standardise
 from thyroid_rlar.latent_figures import (
     REACH,
     THUMB,
@@ -104,7 +103,7 @@ def map(self: LatentExplorer, method: str = "", compute: bool = True) -> LatentM
     method = method or self.state.method
     if method not in self._maps:
         z = pd.DataFrame(self.run.latents, index=self.run.table.image_id.astype(str))
-        found = latent_map(z, self.run.folder, method, compute=compute or method == "pca" or len(z) < 10)
+        found = latent_map(z, self.run.folder, method, compute=compute or method == "pca" or len(z) < FEWEST)
         if found is None: return None
         self._maps[method] = found
     return self._maps[method]
@@ -112,14 +111,8 @@ def map(self: LatentExplorer, method: str = "", compute: bool = True) -> LatentM
 @patch
 def make_map(self: LatentExplorer) -> Iterator[bool]:
     "Make the map in a thread of its own; yields whether it is done."
-    pool = ThreadPoolExecutor(1)
-    try:
-        future = pool.submit(self.map)
-        while not future.done():
-            wait([future], timeout=0.01)
-            yield False
-        yield future.result() is not None
-    finally: pool.shutdown(wait=False, cancel_futures=True)
+    for _ in beside(lambda progress: self.map()): yield False
+    yield True
 
 # %% ../nbs/82_latent_explorer.ipynb #b822a4a6
 @patch
@@ -173,7 +166,7 @@ def static(self: LatentExplorer) -> go.Figure:
     p_start, p_now, e_start, e_now = self.answers(now)
     parts = [map_figure(self.run, self.state.color, self.map(), self.marks()), picture(self.run.image(self.state.row), self.contours(now)),
              grade_bars(self.run, p_start, p_now), evidence_dots(self.run, e_start, e_now).update_traces(showlegend=False)]
-    titles = [self.state.method.upper(), as_text(self.run.table.image_id[self.state.row]), "grade", "evidence"]
+    titles = [self.map().method.upper(), as_text(self.run.table.image_id[self.state.row]), "grade", "evidence"]
     fig = make_subplots(2, 2, subplot_titles=titles, column_widths=[0.52, 0.48], vertical_spacing=0.14, horizontal_spacing=0.2)
     for k, part in enumerate(parts):
         r, c = k // 2 + 1, k % 2 + 1

@@ -23,9 +23,10 @@ from tqdm.auto import tqdm
 from .evaluation import median_grade, probability_columns
 from .files import DataError, code_digest, digest, fingerprint, read_whole, resolve, write_whole
 from .instruments import measure
+from .latent import saved_latents
 from .loader import NoduleData, eval_loader
 from .network import MultitaskNet, Output
-from .predictions import TrainedRun, check_evaluation, evidence_table, load_run, open_evaluation
+from .predictions import TrainedRun, check_evaluation, evidence_table, load_run, open_evaluation, tasks_on
 from .radiomics import EvidenceScaler
 from .rlar import RLAR
 from .runs import ParameterError, make_rlar, typed_parameters
@@ -89,7 +90,12 @@ def predicted(self: OpenRun, row: int) -> np.ndarray:
 @patch
 def epochs(self: OpenRun) -> list[int]:
     "Epochs whose latents were kept."
-    return sorted(int(path.stem) for path in self.folder.glob("latents/*.npz")) if self.folder else []
+    return list(saved_latents(self.folder))
+
+@patch
+def watched(self: OpenRun) -> np.ndarray:
+    "(n,) bool: the images that training followed from epoch to epoch."
+    return self.table.image_id.isin(set(self.nodules.image_id) if len(self.nodules) else ()).to_numpy()
 
 # %% ../nbs/78_opened.ipynb #7858908e
 def image_table(net: MultitaskNet, data: NoduleData, rows: Sequence[int], rlar: RLAR, tasks: Sequence[str], evidence: Sequence[str],
@@ -152,10 +158,13 @@ def open_run(
     if images not in ("unseen", "all"): raise ValueError(f"images: found {images!r}, expected 'unseen' or 'all'")
     trained = load_run(check_evaluation({"run_dir": str(folder)}).run_dir)
     data, _, _ = open_evaluation(check_evaluation({"run_dir": str(folder), "source": source, "data_dir": data_dir, "part": "all"}), trained, progress)
+    info, scale = trained.info, data.prepared.manifest.scale.name
+    if tasks_on(data.prepared.manifest, info) != info["tasks"]:
+        raise ParameterError(f"source: found grades on scale {scale!r}, the model's are on {info['scale']!r}; they are never set beside each other")
     history, nodules = (read_whole(folder / f"{name}.parquet", pd.read_parquet) for name in ("history", "nodules"))
     split, names = _split_of(data, trained), data.prepared.manifest.rows.image_id
     shown = (split != "train") | names.isin(set(nodules.image_id)).to_numpy() if images == "unseen" else np.ones(len(split), bool)
-    rows, info, rlar = np.flatnonzero(shown), trained.info, make_rlar(trained.settings)
+    rows, rlar = np.flatnonzero(shown), make_rlar(trained.settings)
     scaler = EvidenceScaler.from_dict(info["scaler"])
     if device == "auto" and torch.cuda.is_available() or device == "cuda": trained.net.cuda()
     make = lambda: image_table(trained.net, data, rows, rlar, info["tasks"], info["evidence"], scaler, progress)

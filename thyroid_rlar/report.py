@@ -21,6 +21,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from . import __version__
+from .figures import NOTICE
 from .files import write_text
 
 # %% ../nbs/65_report.ipynb #006
@@ -89,7 +90,6 @@ addEventListener('beforeprint', () => plots().forEach(p => Plotly.relayout(p, {w
 addEventListener('afterprint', () => plots().forEach(p => Plotly.relayout(p, {width: null, autosize: true})));
 """
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
-_NOTICE = "For research only. This is not a medical device: nothing here may be used to diagnose, treat or advise a patient."
 
 # %% ../nbs/65_report.ipynb #013
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
@@ -158,7 +158,7 @@ def write_report(
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <title>{html.escape(title)}</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>
-<body><h1>{html.escape(title)}</h1><p class="when">Written {when}</p><p class="notice">{_NOTICE}</p>
+<body><h1>{html.escape(title)}</h1><p class="when">Written {when}</p><p class="notice">{NOTICE}</p>
 <noscript><p class="notice">The figures need JavaScript, which is switched off; the tables do not.</p></noscript>
 <nav><ol>{contents}</ol></nav>
 {"".join(body)}
