@@ -6,6 +6,7 @@
 __all__ = ['OpenRun', 'image_table', 'open_run', 'open_trainer', 'most_telling', 'ExploreSettings', 'check_exploring']
 
 # %% ../nbs/78_opened.ipynb #63d4ec7a
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/78_opened.ipynb #89902282
 from .evaluation import median_grade, probability_columns
-from .files import DataError, code_digest, digest, fingerprint, read_whole, resolve, write_whole
+from .files import DataError, code_digest, digest, fingerprint, read_parquet, resolve, write_whole
 from .instruments import measure
 from .loader import NoduleData, eval_loader
 from .network import MultitaskNet, Output
@@ -89,7 +90,7 @@ def predicted(self: OpenRun, row: int) -> np.ndarray:
 @patch
 def epochs(self: OpenRun) -> list[int]:
     "Epochs whose latents were kept."
-    return sorted(int(path.stem) for path in self.folder.glob("latents/*.npz")) if self.folder else []
+    return sorted(int(path.stem) for path in self.folder.glob("latents/*.npz") if re.fullmatch("[0-9]{1,9}", path.stem)) if self.folder else []
 
 # %% ../nbs/78_opened.ipynb #7858908e
 def image_table(net: MultitaskNet, data: NoduleData, rows: Sequence[int], rlar: RLAR, tasks: Sequence[str], evidence: Sequence[str],
@@ -134,7 +135,7 @@ def _kept(path: Path, make) -> tuple[pd.DataFrame, np.ndarray]:
         both = table.join(pd.DataFrame(z, index=table.index, columns=[f"z{c}" for c in range(z.shape[1])]))
         try: write_whole(path, both.to_parquet)
         except DataError: return table, z
-    both = read_whole(path, pd.read_parquet)
+    both = read_parquet(path)
     latent = both.filter(regex=r"^z\d+$")
     return both.drop(columns=latent.columns), latent.to_numpy(np.float32)
 
@@ -152,7 +153,8 @@ def open_run(
     if images not in ("unseen", "all"): raise ValueError(f"images: found {images!r}, expected 'unseen' or 'all'")
     trained = load_run(check_evaluation({"run_dir": str(folder)}).run_dir)
     data, _, _ = open_evaluation(check_evaluation({"run_dir": str(folder), "source": source, "data_dir": data_dir, "part": "all"}), trained, progress)
-    history, nodules = (read_whole(folder / f"{name}.parquet", pd.read_parquet) for name in ("history", "nodules"))
+    history = read_parquet(folder / "history.parquet", "kind", "split", "epoch")
+    nodules = read_parquet(folder / "nodules.parquet", "epoch", "split", "image_id")
     split, names = _split_of(data, trained), data.prepared.manifest.rows.image_id
     shown = (split != "train") | names.isin(set(nodules.image_id)).to_numpy() if images == "unseen" else np.ones(len(split), bool)
     rows, info, rlar = np.flatnonzero(shown), trained.info, make_rlar(trained.settings)
