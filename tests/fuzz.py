@@ -64,9 +64,10 @@ class Slow(BaseException): "An input took a second of CPU time."
 
 # ---- damage -----------------------------------------------------------------------------------------------------------
 
-TOKENS = [b"", b"\0", b"\xff", b"\xff\xff\xff\xff", b"\x80\0\0\0", b"-1", b"0", b"1e999", b"nan", b"9" * 30, b"9" * 5000, b"\xed\xb2\x80", b"\xc2\xb2", b"\n", b'"', b"'",
-          b",", b";", b"<", b">", b"&amp;", b"<![CDATA[", b"<!DOCTYPE a [<!ENTITY b 'c'>]>", b"[", b"]", b"{", b"}", b"../", b"/etc/passwd", b"~x/", b"%s", b"=1+1", b"null",
-          b"true", b"[[[[", b"\xef\xbb\xbf", b"\x1b", "é".encode(), b"TR4", b"4a", b"points", b"x", b"scale"]
+TOKENS = [b"", b"\0", b"\xff", b"\xff\xff\xff\xff", b"\x80\0\0\0", b"-1", b"0", b"1e999", b"nan", b"9" * 30, b"9" * 5000, b"\xed\xb2\x80",
+          b"\xc2\xb2", b"\n", b'"', b"'", b",", b";", b"<", b">", b"&amp;", b"<![CDATA[", b"<!DOCTYPE a [<!ENTITY b 'c'>]>", b"[", b"]", b"{", b"}",
+          b"../", b"/etc/passwd", b"~x/", b"%s", b"=1+1", b"null", b"true", b"[[[[", b"\xef\xbb\xbf", b"\x1b", "é".encode(), b"TR4", b"4a",
+          b"points", b"x", b"scale"]
 
 
 def damage(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
@@ -91,14 +92,16 @@ def damage(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
     return bytes(out[:200_000])
 
 
-ODD = [None, True, False, 0, -1, 1, 2, 3, 31, 33, 64, 10**9, 10**18, 2**64, -0.5, 0.5, 1e-300, 1e300, math.inf, -math.inf, math.nan, "", " ", "0", "x", "all", "nan", "1e999", "9" * 400,
-       "a" * 300, "a\0b", "\ud880", "~nobody/x", "../..", "/dev/null", "/proc/self", "<script>", "=1+1", "160x224", "32X32x32", "é", "\n", ",", "1,2,3", "true", [], {}, [[]], [1, 2], {"a": 1}]
+ODD = [None, True, False, 0, -1, 1, 2, 3, 31, 33, 64, 10**9, 10**18, 2**64, -0.5, 0.5, 1e-300, 1e300, math.inf, -math.inf, math.nan, "", " ", "0",
+       "x", "all", "nan", "1e999", "9" * 400, "a" * 300, "a\0b", "\ud880", "~nobody/x", "../..", "/dev/null", "/proc/self", "<script>", "=1+1",
+       "160x224", "32X32x32", "é", "\n", ",", "1,2,3", "true", [], {}, [[]], [1, 2], {"a": 1}]
 
 
 def odd_value(rng: random.Random, value: object) -> object:
     "Another value in the place of this one."
-    if isinstance(value, str) and rng.random() < .3: return damage(value.encode("utf-8", "replace"), [b"x"], rng).decode("utf-8", "replace")
-    if isinstance(value, (int, float)) and rng.random() < .3: return rng.choice((value + 1, value * 2, -value, float(value), str(value), value * 1e9))
+    if rng.random() < .7: return rng.choice(ODD)
+    if isinstance(value, str): return damage(value.encode("utf-8", "replace"), [b"x"], rng).decode("utf-8", "replace")
+    if isinstance(value, (int, float)): return rng.choice((value + 1, value * 2, -value, float(value), str(value), value * 1e9))
     return rng.choice(ODD)
 
 
@@ -129,11 +132,18 @@ BASE = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.get
 WORK = Path(tempfile.mkdtemp(prefix="fuzz-", dir=BASE))
 
 
+PATHS: dict[str, Path] = {}
+
+
 def put(name: str, data: bytes) -> Path:
-    path = WORK / name
-    if not path.parent.is_dir(): path.parent.mkdir(parents=True)
-    path.write_bytes(data)
-    return path
+    "Write a file in the folder of this process; done a million times, so without detours."
+    if name not in PATHS:
+        PATHS[name] = WORK / name
+        PATHS[name].parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(PATHS[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.write(file, data)
+    os.close(file)
+    return PATHS[name]
 
 
 def as_bytes(write: Callable[[io.BytesIO], object]) -> bytes:
@@ -145,20 +155,22 @@ def as_bytes(write: Callable[[io.BytesIO], object]) -> bytes:
 SQUARE = [{"x": x, "y": y} for x, y in ((5, 5), (30, 5), (30, 20), (5, 20))]
 SVG = [json.dumps([{"points": SQUARE, "annotation": {}, "regionType": "freehand"}] * 2),
        json.dumps([{"points": [{"x": 4 * k % 50, "y": 7 * k % 44 - 2.5} for k in range(40)], "regionType": "freehand"}, {"points": SQUARE[:2]}])]
-XML = [f"<?xml version='1.0' encoding='UTF-8'?>\n<case><number>7</number><age>40</age><sex>F</sex><composition>solid</composition><margins>ill- defined</margins>"
-       f"<tirads>{grade}</tirads><mark><image>1</image><svg>{svg}</svg></mark><mark><image>2</image><svg>{SVG[0]}</svg></mark></case>"
+XML = [f"<?xml version='1.0' encoding='UTF-8'?>\n<case><number>7</number><age>40</age><sex>F</sex><composition>solid</composition>"
+       f"<margins>ill- defined</margins><tirads>{grade}</tirads><mark><image>1</image><svg>{svg}</svg></mark>"
+       f"<mark><image>2</image><svg>{SVG[0]}</svg></mark></case>"
        for grade, svg in (("4a", SVG[0]), ("", SVG[1]), ("5", ""))]
 SHAPE = (45, 60)
 
 
-def check_contours(regions: list) -> set[str]:
+def check_contours(regions: list) -> tuple[list | None, set[str]]:
     contours, flags = clean_regions(regions, SHAPE)
     assert flags <= set(FLAGS) and COLUMNS["contours"][0](contours)
-    if contours and len(contours) < 9: assert fill_contours(contours, SHAPE).shape == SHAPE
-    return flags
+    return contours, flags
 
 
-def read_svg(data: bytes) -> None: check_contours(read_regions(data.decode("utf-8", "replace"))[0])
+def read_svg(data: bytes) -> None:
+    contours, _ = check_contours(read_regions(data.decode("utf-8", "replace"))[0])
+    if contours and not data[-1] % 8: assert fill_contours(contours, SHAPE).shape == SHAPE
 
 
 def read_xml(data: bytes) -> None:
@@ -167,13 +179,15 @@ def read_xml(data: bytes) -> None:
     for svgs in case.svgs.values(): check_contours([region for svg in svgs for region in read_regions(svg)[0]])
 
 
-TABLES = [b"image,case,grade\na.png,1,TR4\nb.png,2,TR2\n", b"\xef\xbb\xbfimage,case,grade,mask,scale,view,spacing_mm,reader,group,size_cm\r\na.png,1,4a,a.png,ddti,transverse,0.1,r,g,1.5\r\n"
+TABLES = [b"image,case,grade\na.png,1,TR4\nb.png,2,TR2\n",
+          b"\xef\xbb\xbfimage,case,grade,mask,scale,view,spacing_mm,reader,group,size_cm\r\na.png,1,4a,a.png,ddti,transverse,0.1,r,g,1.5\r\n"
           b'b.png,"2",5,"b.png",ddti,"x, y",,"=1+1",,3\r\n', b"case,grade,image\n1,,images/a.png\n2,TR1,./images/b.png\n1,TR5,../a.png\n"]
 
 
 def folder_of_two() -> Path:
     if not (WORK / "folder/images/a.png").exists():
-        for name in ("images/a.png", "images/b.png", "masks/a.png"): put(f"folder/{name}", as_bytes(lambda f: Image.effect_noise((24, 16), 40).save(f, "PNG")))
+        for name in ("images/a.png", "images/b.png", "masks/a.png"):
+            put(f"folder/{name}", as_bytes(lambda f: Image.effect_noise((24, 16), 40).save(f, "PNG")))
     return WORK / "folder"
 
 
@@ -247,11 +261,14 @@ def run_dir() -> Path:
 
 
 OTHERS = {
-    "evaluate": (predictions.check_evaluation, lambda: dict(run_dir=str(run_dir()), source="folder", data_dir="x", out_dir="runs/x", reader="r", part="auto")),
+    "evaluate": (predictions.check_evaluation,
+                 lambda: dict(run_dir=str(run_dir()), source="folder", data_dir="x", out_dir="x", reader="r", part="auto")),
     "explore": (opened.check_exploring, lambda: dict(run_dir=str(run_dir()), source=None, data_dir=None, images="unseen", nodules=2, out_dir=None)),
     "probe": (interference.check_probe, lambda: dict(run_dirs=f"{run_dir()},{run_dir()}", out_dir=None, images=20, shares="0.1,0.01")),
-    "benchmark": (benchmark.check_benchmark, lambda: dict(networks="default,unet", methods="all", rounds=6, threads="2,1", image_size="160x224", batch_size=8, out_dir="x")),
-    "dial": (dial.check_dial, lambda: dict(dials="-1,0,1", seeds="0,1", objectives="sum,rlar", epochs=6, phantom_images=480, image_size="64x96", out_dir="x")),
+    "benchmark": (benchmark.check_benchmark, lambda: dict(networks="default,unet", methods="all", rounds=6, threads="2,1", image_size="160x224",
+                                                          batch_size=8, out_dir="x")),
+    "dial": (dial.check_dial, lambda: dict(dials="-1,0,1", seeds="0,1", objectives="sum,rlar", epochs=6, phantom_images=480, image_size="64x96",
+                                           out_dir="x")),
     "compare": (lambda v: runs.typed_parameters(v, {"runs_dir": "", "baseline": None, "out_dir": None, "fresh_heads": False, "keep": None}),
                 lambda: dict(runs_dir="a,b", baseline="sum", out_dir=None, fresh_heads=False, keep=None)),
     "size": (lambda v: runs.read_size(v["size"]) if isinstance(v, dict) and "size" in v else None, lambda: dict(size=[160, "224"])),
@@ -262,7 +279,7 @@ def read_others(data: bytes) -> None:
     found = json.loads(data)
     if not (isinstance(found, list) and len(found) == 2 and isinstance(found[0], str) and found[0] in OTHERS): return
     values = found[1]
-    if isinstance(values, dict) and "run_dirs" in values and not str(values["run_dirs"]).startswith(str(WORK)): return     # or it would look through the disk
+    if isinstance(values, dict) and not str(values.get("run_dirs", WORK)).startswith(str(WORK)): return       # it would look through the disk
     OTHERS[found[0]][0](values)
 
 
@@ -274,8 +291,8 @@ def read_params(data: bytes) -> None:
 def model_json() -> list[bytes]:
     settings = asdict(network.NetworkSettings(grades=6, evidence=len(NAMES)))
     scaler = {k: [float(n) for n in range(len(NAMES))] for k in radiomics.EvidenceScaler.FIELDS}
-    return [json.dumps({"network": settings, "scale": "ddti", "image_size": [160, 224], "evidence": list(NAMES), "scaler": scaler, "objective": "rlar",
-                        "tasks": ["seg", "risk", "evidence"]}).encode()]
+    return [json.dumps({"network": settings, "scale": "ddti", "image_size": [160, 224], "evidence": list(NAMES), "scaler": scaler,
+                        "objective": "rlar", "tasks": ["seg", "risk", "evidence"]}).encode()]
 
 
 def read_model_json(data: bytes) -> None:
@@ -299,7 +316,8 @@ def read_weights(data: bytes) -> None:
 
 
 def checkpoints() -> list[bytes]:
-    state = dict(net=SMALL.state_dict(), epoch=3, best=.5, torch_rng=torch.get_rng_state()[:64], objective={"weight": torch.ones(2)}, optimizer=torch.optim.Adam(SMALL.parameters()).state_dict())
+    state = dict(net=SMALL.state_dict(), epoch=3, best=.5, torch_rng=torch.get_rng_state()[:64], objective={"weight": torch.ones(2)},
+                 optimizer=torch.optim.Adam(SMALL.parameters()).state_dict())
     return [as_bytes(lambda f: torch.save(state, f))]
 
 
@@ -311,8 +329,9 @@ def pictures() -> list[bytes]:
     noise = np.random.default_rng(0).integers(0, 255, (*SHAPE, 4), dtype=np.uint8)
     grey, colour, alpha = Image.fromarray(noise[..., 0]), Image.fromarray(noise[..., :3]), Image.fromarray(noise)
     wide, real = Image.fromarray(noise[..., 0].astype(np.uint16) * 99), Image.fromarray(noise[..., 0].astype(np.float32))
-    made = [(grey, "JPEG", {}), (colour, "JPEG", {"progressive": True}), (grey, "PNG", {}), (alpha, "PNG", {}), (colour.quantize(16), "PNG", {}), (wide, "PNG", {}),
-            (grey, "BMP", {}), (colour, "BMP", {}), (grey, "TIFF", {}), (real, "TIFF", {}), (colour, "TIFF", {"compression": "tiff_deflate"}),
+    made = [(grey, "JPEG", {}), (colour, "JPEG", {"progressive": True}), (grey, "PNG", {}), (alpha, "PNG", {}), (colour.quantize(16), "PNG", {}),
+            (wide, "PNG", {}), (grey, "BMP", {}), (colour, "BMP", {}), (grey, "TIFF", {}), (real, "TIFF", {}),
+            (colour, "TIFF", {"compression": "tiff_deflate"}),
             (grey, "TIFF", {"compression": "tiff_lzw"}), (grey, "TIFF", {"compression": "packbits"})]
     return [as_bytes(lambda f, i=i, k=k, o=o: i.save(f, k, **o)) for i, k, o in made]
 
@@ -328,8 +347,8 @@ def dicoms() -> list[bytes]:
     from pydicom.encaps import encapsulate
     from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless, UltrasoundImageStorage
     noise, found = np.random.default_rng(0).integers(0, 255, (*SHAPE, 3), dtype=np.uint8), []
-    for syntax, kind, bits in ((ExplicitVRLittleEndian, "MONOCHROME2", 8), (ImplicitVRLittleEndian, "MONOCHROME1", 16), (ExplicitVRLittleEndian, "RGB", 8),
-                               (JPEGBaseline8Bit, "MONOCHROME2", 8), (RLELossless, "MONOCHROME2", 8)):
+    for syntax, kind, bits in ((ExplicitVRLittleEndian, "MONOCHROME2", 8), (ImplicitVRLittleEndian, "MONOCHROME1", 16),
+                               (ExplicitVRLittleEndian, "RGB", 8), (JPEGBaseline8Bit, "MONOCHROME2", 8), (RLELossless, "MONOCHROME2", 8)):
         meta = FileMetaDataset()
         meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = UltrasoundImageStorage, "1.2.3", syntax
         ds = FileDataset("a.dcm", {}, file_meta=meta, preamble=b"\0" * 128)
@@ -397,27 +416,28 @@ def read_confusion(data: bytes) -> None:
     readers.load_reader_confusion(path)
 
 
-CODES = (b"Case ID,Nodule Number,Size (cm),a Composition,a Echogenicity,a Shape,a Margins,a No echogenic foci,a Large comet tail,a Macrocalcifications,"
-         b"a Peripheral calcifications,a Punctate foci,TIRADS points,Reader TIRADS grade,Reader TIRADS rec\n1,1,1.5,2,1,0,0,1,0,0,0,0,3,3,0\n2,1,0.7,2,2,3,2,0,0,1,0,1,9,5,1\n")
+CODES = (b"Case ID,Nodule Number,Size (cm),a Composition,a Echogenicity,a Shape,a Margins,a No echogenic foci,a Large comet tail,"
+         b"a Macrocalcifications,a Peripheral calcifications,a Punctate foci,TIRADS points,Reader TIRADS grade,Reader TIRADS rec\n"
+         b"1,1,1.5,2,1,0,0,1,0,0,0,0,3,3,0\n2,1,0.7,2,2,3,2,0,0,1,0,1,9,5,1\n")
 
 READERS = {
-    "svg": Reader(lambda: [s.encode() for s in SVG], read_svg, 200),
-    "xml": Reader(lambda: [x.encode() for x in XML], read_xml, 80),
+    "svg": Reader(lambda: [s.encode() for s in SVG], read_svg, 220),
+    "xml": Reader(lambda: [x.encode() for x in XML], read_xml, 90),
     "labels": Reader(lambda: TABLES, read_labels, 60),
-    "picture": Reader(pictures, read_picture, 40),
+    "picture": Reader(pictures, read_picture, 35),
     "parameters": Reader(lambda: [json.dumps(PARAMETERS).encode()], read_parameters, 60, True),
-    "other_parameters": Reader(lambda: [json.dumps([name, make()]).encode() for name, (_, make) in OTHERS.items()], read_others, 70, True),
-    "params_json": Reader(lambda: [json.dumps({"parameters": PARAMETERS}).encode()], read_params, 90),
-    "model_json": Reader(model_json, read_model_json, 100),
-    "model_values": Reader(model_json, read_model_json, 60, True),
-    "dicom": Reader(dicoms, read_dicom, 5),
-    "weights": Reader(weights, read_weights, 110),
-    "checkpoint": Reader(checkpoints, read_checkpoint, 8),
-    "latents": Reader(arrays, read_latents, 8),
+    "other_parameters": Reader(lambda: [json.dumps([name, make()]).encode() for name, (_, make) in OTHERS.items()], read_others, 60, True),
+    "params_json": Reader(lambda: [json.dumps({"parameters": PARAMETERS}).encode()], read_params, 110),
+    "model_json": Reader(model_json, read_model_json, 110),
+    "model_values": Reader(model_json, read_model_json, 40, True),
+    "dicom": Reader(dicoms, read_dicom, 4),
+    "weights": Reader(weights, read_weights, 90),
+    "checkpoint": Reader(checkpoints, read_checkpoint, 6),
+    "latents": Reader(arrays, read_latents, 6),
     "index": Reader(indices, read_index, 100),
-    "confusion": Reader(lambda: [*confusion_table(), CODES], read_confusion, 3),
-    "tables": Reader(tables, read_tables, 4),
-    "manifest": Reader(manifests, read_manifest, 4),
+    "confusion": Reader(lambda: [*confusion_table(), CODES], read_confusion, 2),
+    "tables": Reader(tables, read_tables, 2),
+    "manifest": Reader(manifests, read_manifest, 3),
     "rows": Reader(manifest_parts, read_rows, 2, True),
 }
 
@@ -489,7 +509,8 @@ def try_some(name: str, data: Iterator[bytes], n: int, seen: set[str]) -> dict[s
 
 def merged(old: dict, new: dict) -> dict:
     "Counts of two batches together."
-    return {k: round(max(old.get(k, 0), v) if k in ("slowest_s", "memory_mb") else old.get(k, 0) + v, 4) for k, v in new.items()} | {"batches": old.get("batches", 0) + 1}
+    both = {k: max(old.get(k, 0), v) if k in ("slowest_s", "memory_mb") else old.get(k, 0) + v for k, v in new.items()}
+    return {k: round(v, 4) for k, v in both.items()} | {"batches": old.get("batches", 0) + 1}
 
 
 def store(results: Path, name: str, got: dict) -> dict:
@@ -540,7 +561,7 @@ def guided(results: Path, name: str, n: int) -> None:
         if got["inputs"] == n: store(results, f"{name}_guided", got | {"memory_mb": megabytes() - before, "seconds": time.perf_counter() - start})
 
     for module in (folder, runs, sys.modules["thyroid_rlar.ddti"], sys.modules["thyroid_rlar.images"]):
-        for key, value in list(vars(module).items()):
+        for value in list(vars(module).values()):
             if callable(value) and getattr(value, "__module__", "") == module.__name__ and hasattr(value, "__code__"): atheris.instrument_func(value)
     signal.signal(signal.SIGPROF, lambda *_: (_ for _ in ()).throw(Slow()))
     atheris.Setup([sys.argv[0], f"-runs={n}", "-max_len=20000", "-rss_limit_mb=0", "-print_final_stats=0", str(corpus)], one)
@@ -551,28 +572,28 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS))
     asked.add_argument("--inputs", type=int, default=0, help="so many more of each reader")
-    asked.add_argument("--minutes", type=float, default=0, help="how long, instead")
+    asked.add_argument("--minutes", type=float, default=0, help="and no longer than this")
     asked.add_argument("--total", type=int, default=0, help="until so many inputs have been tried in all")
     asked.add_argument("--atheris", action="store_true", help="guided by coverage")
     asked.add_argument("--results", type=Path, default=ROOT / "data" / "results" / "fuzz.json")
     a = asked.parse_args()
-    end = time.monotonic() + 60 * a.minutes
     torch.set_num_threads(1)
     warm_up(a.readers)
     if a.atheris: return guided(a.results, a.readers[0], a.inputs or 10_000)
-    wanted, share = {name: a.inputs for name in a.readers}, sum(READERS[name].share for name in a.readers)
-    if a.total: wanted = {name: math.ceil(a.total * READERS[name].share / share) for name in a.readers}
-    done = lambda: {name: n["inputs"] for name, n in (json.loads(a.results.read_text()) if a.results.exists() else {}).items()}
-    first = done() if not a.total else {}
+    counts = lambda: {name: n["inputs"] for name, n in (json.loads(a.results.read_text()) if a.results.exists() else {}).items()}
+    start, end = counts(), time.monotonic() + 60 * a.minutes
+    shares = sum(READERS[name].share for name in a.readers)
+    goal = dict.fromkeys(a.readers, math.inf)
+    if a.inputs: goal = {name: start.get(name, 0) + a.inputs for name in a.readers}
+    if a.total: goal = {name: a.total * READERS[name].share / shares for name in a.readers}
     while True:
-        got = done()
-        rest = {name: (wanted[name] - got.get(name, 0) + first.get(name, 0)) for name in a.readers} if not a.minutes or a.total else dict.fromkeys(a.readers, 10**9)
-        rest = {name: n for name, n in rest.items() if n > 0}
-        if not rest or (a.minutes and time.monotonic() > end): break
-        name = min(rest, key=lambda name: (got.get(name, 0) - first.get(name, 0)) / READERS[name].share)        # all in proportion
-        batch(a.results, name, min(rest[name], max(100, 20 * READERS[name].share)))
-        print(f"{sum(done().values()):>10,} inputs, last {name}", end="\r", flush=True)
-    print(f"{sum(done().values()):,} inputs in all")
+        got = counts()
+        left = {name: goal[name] - got.get(name, 0) for name in a.readers if got.get(name, 0) < goal[name]}
+        if not left or a.minutes and time.monotonic() > end: break
+        name = min(left, key=lambda name: got.get(name, 0) / READERS[name].share)       # in proportion
+        batch(a.results, name, math.ceil(min(left[name], 20 * READERS[name].share)))
+        print(f"{sum(counts().values()):>10,} inputs, last {name}", end="\r", flush=True)
+    print(f"{sum(counts().values()):,} inputs in all")
 
 
 if __name__ == "__main__":

@@ -186,9 +186,9 @@ def _image_row(path: Path, case: Case, facts: ImageFacts) -> dict:
     flags |= facts.flags
     grade = case.texts.get("tirads")
     if grade is None: flags.add("no_grade")
-    age = case.texts.get("age")
+    age = case.texts.get("age") or ""
     return {"image_id": path.stem, "case_id": case.number, "image": path.name, "contours": contours, "grade": grade, "flags": flags | odd,
-            "n_contours": len(contours or ()), "age": float(age) if age and age.isdecimal() and len(age) < 4 else np.nan, "sex": case.texts.get("sex"),
+            "n_contours": len(contours or ()), "age": float(age) if re.fullmatch(r"\d{1,3}", age) else np.nan, "sex": case.texts.get("sex"),
             **{name: normal_term(case.texts.get(name)) for name in DESCRIPTORS}}
 
 def _check_grade(case: Case, folder: Path) -> None:

@@ -141,7 +141,7 @@ def _typed(name: str, value: object, default: object) -> object:
         try: number = float(text)
         except ValueError: number = math.nan
         if math.isfinite(number) and (isinstance(default, float) or number == int(number)): return type(default)(number)
-    elif isinstance(value, (str, int, float, os.PathLike)) and not isinstance(value, bool) and _is_plain(text): return text     # a folder may be called 2
+    elif isinstance(value, (str, int, float, os.PathLike)) and not isinstance(value, bool) and _is_plain(text): return text     # a reader called 2
     raise ParameterError(f"{name}: found {value!r}, expected {kind}")
 
 def typed_parameters(values: Mapping[str, object], defaults: Mapping[str, object]) -> dict[str, object]:
