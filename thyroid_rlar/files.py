@@ -185,5 +185,7 @@ def read_parquet(path: str | os.PathLike, *needed: str):
 
 # %% ../nbs/03_files.ipynb #227484cc
 def no_formula(value: object) -> object:
-    "A cell of a CSV file; text that a spreadsheet would compute gets an apostrophe in front."
-    return "'" + value if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r", "\n") else value
+    "A cell of a CSV file; text that a spreadsheet would compute gets an apostrophe in front, and what may begin a new line is a blank."
+    if not isinstance(value, str): return value
+    risky = value[:1] in ("\t", "\r", "\n") or value.lstrip()[:1] in ("=", "+", "-", "@")
+    return "'" * risky + re.sub(r"[\r\n]+", " ", value)

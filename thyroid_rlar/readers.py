@@ -23,7 +23,7 @@ import pandas as pd
 from scipy import ndimage
 from scipy.optimize import brentq
 
-from .files import DataError, check_size, no_formula, resolve, shared_data, write_whole
+from .files import DataError, check_size, resolve, shared_data, write_whole
 from .records import Manifest
 from .tirads import ACR, POINTS, Descriptors, Scale, score
 
@@ -177,7 +177,7 @@ def write_reader_confusion(folder: str | Path | None = None,                  # 
     "Make the shipped table from the readings. Raises DataError when there are none."
     folder = folder or shared_data("readers")
     if folder is None: raise DataError("readers", "folder", "none", "the readings in THYROID_RLAR_DATA/readers or ../shared/data/readers")
-    table = reader_confusion(read_readings(folder)).map(no_formula)
+    table = reader_confusion(read_readings(folder))
     path = write_whole(resolve(out), lambda part: table.to_csv(part, index=False, lineterminator="\n"))
     return path
 
