@@ -8,6 +8,7 @@ anything but a record, a flag or one of our own errors, takes a second of CPU ti
     python tests/fuzz.py --atheris --minutes 10                   # guided by coverage: pip install atheris
 """
 import argparse
+import gc
 import hashlib
 import importlib
 import io
@@ -525,6 +526,7 @@ def warm_up(names: list[str]) -> None:
     for name in names:
         for seed in READERS[name].seeds():
             with suppress(*OWN): READERS[name].read(seed)
+    gc.freeze()         # what the libraries made: never looked through again, nor copied into the processes
 
 
 def batch(results: Path, name: str, n: int) -> None:
@@ -591,7 +593,7 @@ def main() -> None:
         left = {name: goal[name] - got.get(name, 0) for name in a.readers if got.get(name, 0) < goal[name]}
         if not left or a.minutes and time.monotonic() > end: break
         name = min(left, key=lambda name: got.get(name, 0) / READERS[name].share)       # in proportion
-        batch(a.results, name, math.ceil(min(left[name], 20 * READERS[name].share)))
+        batch(a.results, name, math.ceil(min(left[name], 100 * READERS[name].share)))
         print(f"{sum(counts().values()):>10,} inputs, last {name}", end="\r", flush=True)
     print(f"{sum(counts().values()):,} inputs in all")
 

@@ -51,8 +51,8 @@ def ends_well(name: str, data: bytes) -> None:
 made_up = settings(max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 TEXT = st.one_of(st.sampled_from([v for v in fuzz.ODD if isinstance(v, str) and v.isascii()]), st.text(max_size=20))
 NUMBERS = st.one_of(st.integers(-3, 70), st.integers(), st.floats())
-VALUES = st.recursive(st.one_of(st.none(), st.booleans(), NUMBERS, TEXT), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
-                      max_leaves=6)
+VALUES = st.recursive(st.one_of(st.none(), st.booleans(), NUMBERS, TEXT), max_leaves=6,
+                      extend=lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3))
 POINTS = st.fixed_dictionaries({"x": NUMBERS | TEXT, "y": NUMBERS})
 REGIONS = st.lists(st.fixed_dictionaries({"points": st.lists(POINTS, max_size=7) | VALUES}) | VALUES, max_size=4)
 
