@@ -235,6 +235,7 @@ def _read_parquet(path: str | os.PathLike, root: str | os.PathLike | None) -> di
         rows["contours"] = pd.Series([as_points(c) for c in rows["contours"]], dtype=object)
         rows["flags"] = pd.Series([tuple(f) for f in rows["flags"]], dtype=object)
         name, grades, high = about["scale"]
-        return {"rows": rows, "root": resolve(root or about["root"]), "scale": Scale(name, tuple(grades), tuple(high)),
+        scale = Scale(str(name), *(tuple(map(str, part)) for part in (grades, high)))
+        return {"rows": rows, "root": resolve(root or about["root"]), "scale": scale,
                 "source": str(about["source"]), "left_out": left_out_table(about["left_out"])}
     except Exception as e: raise DataError(path, "content", f"{type(e).__name__} ({e})", "a file written by Manifest.to_parquet") from e
