@@ -299,7 +299,8 @@ def model_json() -> list[bytes]:
 def read_model_json(data: bytes) -> None:
     path = put("model/model.json", data)
     info = read_json(path, "network")
-    settings = network.recorded_network(path, info["network"])
+    try: settings = network.recorded_network(info["network"])
+    except (AttributeError, KeyError, TypeError, ValueError) as e: raise DataError(path) from e        # as `load_model` has it
     assert settings.grades <= 100 and settings.embedding <= 1024
     predictions.check_info(path, info)
 

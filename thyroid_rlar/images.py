@@ -38,7 +38,8 @@ def _reading(path: Path) -> Iterator[None]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             yield
     except DataError: raise
-    except Image.DecompressionBombError as e: raise DataError(path, "size (H, W)", e, f"at most {MAX_PIXELS:,} pixels") from e
+    except Image.DecompressionBombError as e:
+        raise DataError(path, "size (H, W)", f"more than {2 * MAX_PIXELS:,} pixels", f"1 to {MAX_PIXELS:,}") from e
     # decoders raise nearly every type there is on broken bytes
     except Exception as e:
         raise DataError(path, "content", f"{type(e).__name__} ({e})", f"a whole image ({', '.join(FORMATS)} or DICOM)") from e

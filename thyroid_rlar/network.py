@@ -377,29 +377,24 @@ def save_model(net: MultitaskNet, folder: str | Path, **extra) -> None:
     write_text(Path(folder) / "model.json", json.dumps({"network": asdict(net.settings), **extra}, indent=1))
 
 # %% ../nbs/30_network.ipynb #d88ca047
-LARGEST = {"grades": 100, "evidence": 1000, "stride": 32, "width": 1024, "embedding": 1024}     # that a file may ask for
+LARGEST = {"grades": 100, "evidence": 1000, "stride": 32, "width": 1024, "embedding": 1024, "dropout": 0.99}     # that a file may ask for
 
-def recorded_network(path: Path, found: object) -> NetworkSettings:
-    "The settings that a file holds. DataError for a name, a type or a size that none of ours has."
+def recorded_network(found: dict) -> NetworkSettings:
+    "The settings that a file holds. KeyError, TypeError or ValueError for a name, a type or a size that none of ours has."
     example = asdict(NetworkSettings(grades=2, evidence=0))
-    try:
-        for name, value in found.items():
-            if type(value) is not type(example[name]) and not (name == "dropout" and type(value) is int): raise TypeError(f"{name} {value!r}")
-            if name in LARGEST and not 0 <= value <= LARGEST[name] or name == "dropout" and not 0 <= value < 1: raise ValueError(f"{name} {value}")
-        settings = NetworkSettings(**found)
-        if settings.embedding < 2 or settings.width < 8: raise ValueError(f"width {settings.width}, embedding {settings.embedding}")
-        return settings
-    except (AttributeError, KeyError, TypeError, ValueError) as e: raise DataError(path, "network", e, "the settings of a network of ours") from e
+    for name, value in found.items():
+        if type(value) is not type(example[name]) and not (name == "dropout" and type(value) is int): raise TypeError(f"{name} {value!r}")
+        low, high = 0 if name in ("dropout", "evidence") else 2, LARGEST.get(name)
+        if high and not low <= value <= high: raise ValueError(f"{name} {value}, expected {low} to {high}")
+    return NetworkSettings(**found)
 
 # %% ../nbs/30_network.ipynb #042
 def load_model(folder: str | Path) -> tuple[MultitaskNet, dict]:
     "The network in eval mode and the contents of model.json. FileNotFoundError or DataError naming the file that is missing or damaged."
-    folder = Path(folder)
-    for name in ("model.json", "model.safetensors"):
-        if not (folder / name).is_file(): raise FileNotFoundError(f"{folder / name}: not found; expected a run folder with {name}")
-    info = read_json(folder / "model.json", "network")
-    settings = recorded_network(folder / "model.json", info["network"])
-    try: net = MultitaskNet(settings, pretrained="none")
-    except ValueError as e: raise DataError(folder / "model.json", "network", e, "a network of ours") from e
-    read_whole(folder / "model.safetensors", lambda p: net.load_state_dict(load_file(p)))
+    about, weights = Path(folder) / "model.json", Path(folder) / "model.safetensors"
+    if gone := [p for p in (about, weights) if not p.is_file()]: raise FileNotFoundError(f"{gone[0]}: not found; expected a run folder with {gone[0].name}")
+    info = read_json(about, "network")
+    try: net = MultitaskNet(recorded_network(info["network"]), pretrained="none")
+    except (AttributeError, KeyError, TypeError, ValueError) as e: raise DataError(about, "network", e, "the settings of a network of ours") from e
+    read_whole(weights, lambda p: net.load_state_dict(load_file(p)))
     return net.eval().to(memory_format=torch.channels_last), info

@@ -155,7 +155,8 @@ def check_info(path: Path, info: dict) -> None:
         unknown = {info["scale"]} - SCALES.keys() | set(info["tasks"]) - set(TASKS) | set(names) - set(NAMES)
         if unknown: raise ValueError(f"unknown: {', '.join(map(repr, unknown))}")
         if any(getattr(scaler, k).shape != (len(names),) for k in scaler.FIELDS): raise ValueError(f"a scaler for other than {len(names)} items")
-    except (KeyError, TypeError, ValueError, OverflowError) as e: raise DataError(path, "content", f"{type(e).__name__} ({e})", "what train.ipynb writes") from e
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
+        raise DataError(path, "content", f"{type(e).__name__} ({e})", "what train.ipynb writes") from e
 
 def load_run(folder: str | Path) -> TrainedRun:
     "A run folder's network, model.json and parameters. Raises FileNotFoundError or DataError naming what is missing or damaged."
