@@ -392,7 +392,7 @@ def recorded_network(found: dict) -> NetworkSettings:
 def load_model(folder: str | Path) -> tuple[MultitaskNet, dict]:
     "The network in eval mode and the contents of model.json. FileNotFoundError or DataError naming the file that is missing or damaged."
     about, weights = Path(folder) / "model.json", Path(folder) / "model.safetensors"
-    if gone := [p for p in (about, weights) if not p.is_file()]: raise FileNotFoundError(f"{gone[0]}: not found; expected a run folder with {gone[0].name}")
+    if no := [p for p in (about, weights) if not p.is_file()]: raise FileNotFoundError(f"{no[0]}: not found; expected a run folder with {no[0].name}")
     info = read_json(about, "network")
     try: net = MultitaskNet(recorded_network(info["network"]), pretrained="none")
     except (AttributeError, KeyError, TypeError, ValueError) as e: raise DataError(about, "network", e, "the settings of a network of ours") from e
