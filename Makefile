@@ -18,6 +18,9 @@ RUN     := -p source phantom -p epochs 20 -p out_dir $(RUN_DIR)
 # an earlier run there with other parameters, as after an update, is renamed, with a sentence that says so
 SET_ASIDE := import sys; from thyroid_rlar.runs import set_aside; set_aside(dict(zip(sys.argv[1::2], sys.argv[2::2])))
 
+# how long, or how many more inputs: `python tests/fuzz.py --help`
+FUZZ := --minutes 10
+
 # notebooks run on the environment's own kernel, whatever kernels the user has
 export JUPYTER_PREFER_ENV_PATH := 1
 # the profiler, which measures memory, would print two lines at each use
@@ -25,7 +28,7 @@ export KINETO_LOG_LEVEL := 99
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lab pictures bench prepare hooks env check-python clean distclean
+.PHONY: help run test lab pictures bench fuzz prepare hooks env check-python clean distclean
 
 help:  ## list the targets
 	@echo 'make TARGET, with TARGET one of'
@@ -60,6 +63,9 @@ bench: env  ## measure the speed and memory of each method
 	$(call need,nbs/runs/benchmark.ipynb)
 	mkdir -p runs/bench
 	$(BIN)/papermill nbs/runs/benchmark.ipynb runs/bench/benchmark.ipynb -p out_dir runs/bench
+
+fuzz: env  ## damaged input for every reader, ten minutes more; or FUZZ='--inputs 10000 --readers xml'
+	$(BIN)/python tests/fuzz.py $(FUZZ)
 
 prepare: env  ## before a commit: export the package, clean the notebooks, write README.md
 	$(BIN)/python tests/prepare.py

@@ -23,7 +23,7 @@ from plotly.subplots import make_subplots
 # %% ../nbs/84_angle_explorer.ipynb #b196d7e4
 from .explorers import Explorer
 from .figures import BLUE, GREEN, ORANGE, PURPLE, SKY, TEMPLATE, VERMILLION, as_text, cosine_quantiles
-from .files import read_whole, resolve
+from .files import read_parquet, resolve
 from .latent import MAPS, LatentMap, latent_map, saved_latents
 from .latent_explorer import LatentExplorer
 from .latent_figures import paint
@@ -43,7 +43,8 @@ class Course:
 def read_course(folder: str | Path) -> Course:
     "The course of the run in a folder, named by its method. Raises DataError or ParameterError naming what is missing or damaged."
     folder = resolve(folder)
-    history, nodules = (read_whole(folder / f"{name}.parquet", pd.read_parquet) for name in ("history", "nodules"))
+    history = read_parquet(folder / "history.parquet", "kind", "split", "epoch")
+    nodules = read_parquet(folder / "nodules.parquet", "epoch", "split", "image_id")
     return Course(recorded_settings(folder).objective, history, nodules)
 
 def _apart(courses: Sequence[Course]) -> list[Course]:
@@ -197,7 +198,7 @@ def _dress_axes(self: AngleExplorer, fig: go.Figure, drawn: LatentMap) -> None:
     for update, axis, title in ((fig.update_xaxes, "x", drawn.axes[0]), (fig.update_yaxes, "y", drawn.axes[1])):
         low, high = at[axis].min(), at[axis].max()
         edge = 0.06 * (high - low) or 1.0
-        title = title.replace(" of the variance", "")
+        title = as_text(title.replace(" of the variance", ""))
         update(range=[float(low - edge), float(high + edge)], title_text=title, row=1, col=2)
 
 # %% ../nbs/84_angle_explorer.ipynb #7ee207b5

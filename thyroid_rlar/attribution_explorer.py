@@ -10,7 +10,6 @@ __all__ = ['AGAINST', 'FOR', 'STRONG', 'UNITS', 'WIDTH', 'SHOWN', 'DETAILS', 'ov
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from html import escape
 from textwrap import wrap
 from typing import NamedTuple
 
@@ -38,7 +37,7 @@ from thyroid_rlar.attribution import (
     sanity_check,
 )
 from .explorers import CONTOURS, Explorer, beside, facts_html, nodule_facts
-from .figures import BLUE, GREY, TEMPLATE, outline, png_address
+from .figures import BLUE, GREY, TEMPLATE, as_text, outline, png_address
 from .opened import OpenRun
 
 # %% ../nbs/86_attribution_explorer.ipynb #04f1bbbb
@@ -301,7 +300,7 @@ def static(self: AttributionExplorer) -> go.Figure:
     self.details()
     self.fill(fig := frame(self.run.image(self.state.row).shape, max(4, len(self.methods))))
     text = f"{self.state.target}, image {self.run.table.image_id[self.state.row]}"
-    return fig.update_layout(title=dict(text=escape(text), font_size=14, x=.01, y=.995, yanchor="top"))
+    return fig.update_layout(title=dict(text=as_text(text), font_size=14, x=.01, y=.995, yanchor="top"))
 
 # %% ../nbs/86_attribution_explorer.ipynb #20e6eb17
 @patch

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 # %% ../nbs/68_compare.ipynb #005
 from .evaluation import auroc_high, evaluate, qwk, write_json
-from .files import project_root, read_json, read_whole, write_whole
+from .files import DataError, project_root, read_json, read_parquet, write_whole
 from .instruments import measure
 from .intervals import paired_bootstrap, weighted_mean
 from .loader import MISSING_GRADE, NoduleData, eval_loader
@@ -41,12 +41,14 @@ def _run_tables(folders: Sequence[str | Path], name: str) -> list[pd.DataFrame]:
     "The tables of one name in all finished runs on a fold below each folder in turn, with columns settings, objective, network, scale, fold, run."
     tables, needed = [], ("params.json", "predictions.parquet")
     for path in [p for folder in folders for p in sorted(Path(folder).rglob(name)) if all((p.parent / n).is_file() for n in needed)]:
-        p = read_json(path.parent / "params.json")["parameters"]
+        p = read_json(path.parent / "params.json", "parameters")["parameters"]
+        if not isinstance(p, dict) or not {"fold", "objective", "network"} <= p.keys():
+            raise DataError(path.parent / "params.json", "parameters", "others", "fold, objective and network")
         if p["fold"] == "all": continue                       # it reports no image that it had left out
         key = json.dumps({k: v for k, v in p.items() if k not in PER_FOLD}, sort_keys=True)
-        scale = read_json(path.parent / "model.json")["scale"]
+        scale = read_json(path.parent / "model.json", "scale")["scale"]
         found = dict(settings=key, objective=p["objective"], network=p["network"], scale=scale, fold=p["fold"], run=str(path.parent))
-        tables.append(read_whole(path, pd.read_parquet).assign(**found))
+        tables.append(read_parquet(path).assign(**found))
     if not tables: raise FileNotFoundError(f"{', '.join(map(str, folders))}: no finished runs on a fold below")
     return tables
 
@@ -173,7 +175,7 @@ def held_out_angles(net: MultitaskNet, data: NoduleData, rows: Sequence[int], rl
 def fresh_head_angles(run_dir: str | Path, progress: bool = True) -> pd.DataFrame:
     "`held_out_angles` of a run's reported fold with a fresh risk head on its encoder, kept as fresh_head.parquet. ParameterError for other data."
     path = Path(run_dir) / "fresh_head.parquet"
-    if path.is_file(): return read_whole(path, pd.read_parquet)
+    if path.is_file(): return read_parquet(path, "image_id", "excess")
     trained = load_run(run_dir)
     run = load_data(trained.settings, open_source(trained.settings, progress), progress)
     check_split(run, Path(run_dir))             # a fresh head must not see what the run reports
@@ -193,12 +195,12 @@ def with_fresh_heads(runs: pd.DataFrame) -> pd.DataFrame:
 def keep_run(run_dir: str | Path, out_dir: str | Path) -> Path:
     "Copy what a comparison needs of a run folder: parameters, metrics, predictions, epochs and fresh-head angles; no weights, images or steps."
     run_dir, out_dir = Path(run_dir), Path(out_dir)
-    params = read_json(run_dir / "params.json")
+    params = read_json(run_dir / "params.json", "parameters")
     here = run_dir.resolve()
     if here.is_relative_to(project_root()): params["parameters"]["out_dir"] = here.relative_to(project_root()).as_posix()
     write_json(out_dir / "params.json", params)
-    write_json(out_dir / "model.json", {"scale": read_json(run_dir / "model.json")["scale"]})
-    history = read_whole(run_dir / "history.parquet", pd.read_parquet)
+    write_json(out_dir / "model.json", {"scale": read_json(run_dir / "model.json", "scale")["scale"]})
+    history = read_parquet(run_dir / "history.parquet", "kind")
     write_whole(out_dir / "history.parquet", history[history.kind == "epoch"].dropna(axis=1, how="all").to_parquet)
     for name in ("metrics.json", "predictions.parquet", "fresh_head.parquet"):
         if (run_dir / name).is_file(): write_whole(out_dir / name, partial(shutil.copyfile, run_dir / name))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 # %% ../nbs/73_dial.ipynb #eb2531d1
 from .evaluation import write_json
-from .files import read_json, read_whole, resolve, write_whole
+from .files import read_json, read_parquet, resolve, write_whole
 from .instruments import batch_dice, probe
 from .intervals import bootstrap, spearman
 from .loader import NoduleData, eval_loader
@@ -135,7 +135,7 @@ def _listed(name: str, value: object, kind: type, allowed: str, is_allowed: Call
 
 def check_dial(values: Mapping[str, object]) -> DialSettings:
     "DialSettings from names and values. Raises ParameterError for an unknown name or a value that is not allowed."
-    lists = {"dials": (float, "numbers from -1 to 1", lambda d: -1 <= d <= 1), "seeds": (int, "whole numbers from 0", lambda n: n >= 0),
+    lists = {"dials": (float, "numbers from -1 to 1", lambda d: -1 <= d <= 1), "seeds": (int, "whole numbers from 0", lambda n: 0 <= n < 2**31),
              "objectives": (str, f"some of {', '.join(METHODS)}", METHODS.__contains__)}
     typed = typed_parameters(values, asdict(DialSettings()) | dict.fromkeys(lists, ""))
     s = DialSettings(**typed | {name: _listed(name, typed[name], *rule) for name, rule in lists.items() if name in typed})
@@ -161,7 +161,7 @@ def train_turn(s: DialSettings, run: RunData, conflict: float, seed: int, object
     "Train a network at one setting and read it on the held-out images, against biased and against clean labels; a turn that is there is read back."
     folder = dial_folder(s) / f"{objective}-d{conflict:+g}-s{seed}"
     path = folder / "angles.parquet"
-    if path.is_file(): return read_whole(path, pd.read_parquet)
+    if path.is_file(): return read_parquet(path)
     turned, bias = turn_dial(run, conflict, seed)
     trainer = make_trainer(run_settings(s, objective, seed), turned, folder)
     rows = np.concatenate([run.split.val, run.split.test])          # nothing is chosen on the validation images, so they are held out, too
@@ -181,7 +181,7 @@ def read_study(folder: str | Path) -> pd.DataFrame:
     "All turns that lie in a study's folder. Raises FileNotFoundError when there is none."
     paths = sorted(Path(folder).glob("*/angles.parquet"))
     if not paths: raise FileNotFoundError(f"{folder}: no turn found; expected <objective>-d<conflict>-s<seed>/angles.parquet")
-    table = pd.concat([read_whole(path, pd.read_parquet) for path in paths], ignore_index=True)
+    table = pd.concat([read_parquet(path, "objective", "seed", "conflict") for path in paths], ignore_index=True)
     return table.sort_values(["objective", "seed", "conflict"], kind="stable", ignore_index=True)
 
 # %% ../nbs/73_dial.ipynb #48519408

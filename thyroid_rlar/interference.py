@@ -156,7 +156,8 @@ class ProbeSettings:
 
 def check_probe(values: Mapping[str, object]) -> ProbeSettings:
     "ProbeSettings from names and values, `run_dirs` and `shares` separated by commas. Raises ParameterError naming what is allowed."
-    values = typed_parameters(values, {"run_dirs": "", "out_dir": None, "images": 0, "shares": ""})
+    defaults = {"run_dirs": "", "out_dir": None, "images": 0, "shares": ""}
+    values = defaults | typed_parameters(values, defaults)
     if values["images"] < 0: raise ParameterError(f"images: found {values['images']}, expected 0 or more")
     try: shares = [float(part) for part in values["shares"].split(",")]
     except ValueError: shares = []

@@ -7,6 +7,8 @@ __all__ = ['MAPS', 'FEWEST', 'OWN_ANSWER', 'SKIPS_FIXED', 'standardise', 'Latent
            'neighbours', 'Decoded', 'with_labels', 'Encoded', 'Traversal', 'Plane', 'plane']
 
 # %% ../nbs/77_latent.ipynb #e2ff4662
+import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from torch import Tensor
 
 # %% ../nbs/77_latent.ipynb #156f70b4
 from .evaluation import median_grade
-from .files import DataError, code_digest, fingerprint, read_whole, write_whole
+from .files import MAX_CELLS, DataError, code_digest, fingerprint, read_whole, write_whole
 from .instruments import batch_dice
 from .loader import MISSING_GRADE
 from .network import MultitaskNet, Output
@@ -83,23 +85,31 @@ def lay_out(z: pd.DataFrame, before: dict[int, pd.DataFrame], method: str = "uma
 # %% ../nbs/77_latent.ipynb #02e39bf8
 def saved_latents(folder: str | Path | None) -> dict[int, pd.DataFrame]:
     "The pooled latents that a run has kept, by epoch: index image_id, a column per channel. Raises DataError naming a file that is damaged."
-    paths = [path for path in (Path(folder) / "latents").glob("*.npz") if path.stem.isdigit()] if folder else []
+    paths = [path for path in (Path(folder) / "latents").glob("*.npz") if re.fullmatch("[0-9]{1,9}", path.stem)] if folder else []
     return {int(path.stem): _latents(path, path.stat().st_mtime_ns) for path in sorted(paths, key=lambda path: int(path.stem))}
 
 @lru_cache(512)
 def _latents(path: Path, written: int) -> pd.DataFrame:
     "One epoch's, read once: a run in training, and a UMAP in the making, ask again and again."
     def read(path: Path) -> pd.DataFrame:
-        with np.load(path) as arrays: return pd.DataFrame(arrays["z"], index=pd.Index(arrays["image_id"], name="image_id"))
+        arrays = _arrays(path)
+        return pd.DataFrame(arrays["z"].astype(np.float32), index=pd.Index(arrays["image_id"].astype(str), name="image_id"))
     return read_whole(path, read)
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    "What an .npz file holds: no pickles, and not more than `MAX_CELLS` once unpacked."
+    with zipfile.ZipFile(path) as packed: unpacked = sum(item.file_size for item in packed.infolist())
+    if unpacked > 4 * MAX_CELLS: raise ValueError(f"{unpacked:,} bytes once unpacked, at most {4 * MAX_CELLS:,} are read")
+    with np.load(path, allow_pickle=False) as arrays: return dict(arrays)
 
 def _read_map(path: Path, key: str) -> LatentMap | None:
     "The map stored under this key, if there is one."
-    with suppress(DataError, KeyError):
-        kept = read_whole(path, lambda p: dict(np.load(p)))
+    def read(path: Path) -> LatentMap | None:
+        kept = _arrays(path)
         now, before = (pd.DataFrame({k.removeprefix(part): v for k, v in kept.items() if k.startswith(part)}) for part in ("now_", "before_"))
-        if kept["key"].item() == key: return LatentMap(kept["method"].item(), now, before, tuple(kept["axes"].tolist()), kept["note"].item())
-    return None
+        x, y = map(str, kept["axes"].tolist())
+        return LatentMap(str(kept["method"]), now, before, (x, y), str(kept["note"])) if str(kept["key"]) == key else None
+    with suppress(DataError): return read_whole(path, read)
 
 def _map_key(z: pd.DataFrame, before: dict[int, pd.DataFrame], method: str, seed: int) -> str:
     "What a map was made from."

@@ -291,11 +291,11 @@ def _map_shown(self: LatentExplorer) -> LatentMap:
 @patch
 def _show_map(self: LatentExplorer) -> None:
     drawn, at, ready = self._map_shown(), self.marks(), self.state.method in self._maps
-    self.note.value = drawn.note if ready else "The UMAP is being made, half a minute the first time; meanwhile the PCA."
+    self.note.value = escape(drawn.note) if ready else "The UMAP is being made, half a minute the first time; meanwhile the PCA."
     with self.map_fig.batch_update():
         for trace, k in zip((self.map_fig.data[0], *self.map_fig.data[2:]), (slice(None), *at.values())):
             trace.update(x=drawn.now.x.to_numpy()[k], y=drawn.now.y.to_numpy()[k])
-        self.map_fig.layout.xaxis.title.text, self.map_fig.layout.yaxis.title.text = drawn.axes
+        self.map_fig.layout.xaxis.title.text, self.map_fig.layout.yaxis.title.text = map(as_text, drawn.axes)
         self.map_fig.update_layout(xaxis_autorange=True, yaxis_autorange=True)
     if not ready: self.work("map", self.make_map(), lambda done: done and self._show_map())
 

@@ -25,6 +25,7 @@ from plotly.subplots import make_subplots
 
 # %% ../nbs/81_latent_figures.ipynb #d67e21ef
 from .figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, TEMPLATE, VERMILLION, as_text, png_address
+from .files import no_formula
 from .intervals import bootstrap, weighted_mean
 from .latent import LatentMap, Plane
 from .opened import OpenRun
@@ -106,7 +107,7 @@ def map_figure(run: OpenRun, color: str, drawn: LatentMap, marks: dict[str, np.n
     for (name, (symbol, size, width)), at in zip(MARKS.items(), marks.values()):
         style = dict(symbol=symbol, size=size, color=VERMILLION if name == "chosen" else GREY, line_width=width)
         fig.add_scatter(x=xy.x[at], y=xy.y[at], mode="markers", marker=style, name=name, hoverinfo="skip")
-    fig.update_xaxes(title_text=drawn.axes[0]).update_yaxes(title_text=drawn.axes[1])
+    fig.update_xaxes(title_text=as_text(drawn.axes[0])).update_yaxes(title_text=as_text(drawn.axes[1]))
     legend = dict(y=0, yanchor="bottom")                      # below, where the figure's tools are not
     return fig.update_layout(margin=dict(l=60, r=10, t=40, b=75), legend=legend)
 
@@ -124,9 +125,8 @@ def cohort_table(run: OpenRun, rows: Sequence[int]) -> pd.DataFrame:
 
 def as_csv(table: pd.DataFrame) -> str:
     "A table as CSV in which no text is a formula."
-    safe = lambda v: "'" + v if isinstance(v, str) and v[:1] in ("=", "+", "-", "@", "\t", "\r", "\n") else v
     text = table.select_dtypes(exclude="number").columns
-    return table.assign(**{c: table[c].map(safe) for c in text}).to_csv(index=False)
+    return table.assign(**{c: table[c].map(no_formula) for c in text}).rename(columns=no_formula).to_csv(index=False)
 
 def cohort_facts(run: OpenRun, rows: Sequence[int]) -> dict[str, str]:
     "A cohort in numbers, 95 % intervals over cases."

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/71_levels.ipynb #91c3b331
 from .figures import BLUE, GREY
-from .files import digest, fingerprint, read_whole, write_whole
+from .files import digest, fingerprint, read_parquet, write_whole
 from .intervals import bootstrap, weighted_mean
 from .loader import MISSING_GRADE, NoduleData, eval_loader
 from .network import MultitaskNet
@@ -181,5 +181,5 @@ def probe_runs(
         paths = {name: out_dir / "parts" / f"{name}-{part}.parquet" for name in instruments}
         if not all(path.is_file() for path in paths.values()):
             for name, table in probe_run(run, instruments, images, progress).items(): write_whole(paths[name], table.to_parquet)
-        for name, path in paths.items(): tables[name].append(read_whole(path, pd.read_parquet))
+        for name, path in paths.items(): tables[name].append(read_parquet(path))
     return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 # %% ../nbs/20_loader.ipynb #005
-from .files import cache_folder, code_digest, read_json, write_text, write_whole
+from .files import DataError, cache_folder, code_digest, digest, inside, read_whole, write_text, write_whole
 from .records import Manifest
 from .sector import Sector, clean_image, find_sector, straddles
 
@@ -116,9 +116,15 @@ def content_key(manifest: Manifest, size: tuple[int, int]) -> str:
     h = hashlib.sha256(json.dumps([code_digest("loader", "sector", "images", "records"), list(size)]).encode())
     for row in manifest.rows.itertuples():
         for path in (row.image, row.mask):
-            if path is not None: h.update((Path(manifest.root) / path).read_bytes())
+            if path is not None: h.update(digest(inside(manifest.root, path)).encode())
         h.update(json.dumps([row.image, row.contours, row.reader_id]).encode())
     return h.hexdigest()[:16]
+
+def _read_index(path: Path) -> list[dict]:
+    "What index.json says of each row, with its `Placement`."
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return [{"has_mask": bool(row["has_mask"]), "flags": list(map(str, row["flags"])),
+             "placement": Placement(*(tuple(map(int, row[k])) for k in ("shape", "box", "inner")))} for row in rows]
 
 def _prepare_row(manifest: Manifest, i: int, size: tuple[int, int]) -> tuple[np.ndarray, Placement, bool, set[str]]:
     image, mask = manifest.load(i)
@@ -145,13 +151,15 @@ def prepare(
         write_whole(folder / "arrays.npy", lambda part: np.save(part, np.stack([d[0] for d in done])))
         index = [{"has_mask": d[2], "flags": sorted(d[3]), **asdict(d[1])} for d in done]
         write_text(folder / "index.json", json.dumps(index))        # last: its presence says the arrays are whole
-    index = read_json(folder / "index.json")
+    index, arrays = read_whole(folder / "index.json", _read_index), read_whole(folder / "arrays.npy", lambda p: np.load(p, "r", allow_pickle=False))
+    if arrays.shape != (len(manifest), 3, *size) or len(index) != len(manifest):
+        raise DataError(folder, "images", arrays.shape, f"{(len(manifest), 3, *size)}: remove this folder, it is made again")
     if blank := [name for name, row in zip(manifest.rows.image_id, index) if "no_sector" in row["flags"]]:
         warnings.warn(f"no ultrasound sector was found in {len(blank)} of {len(manifest)} images; the network sees black: {', '.join(blank[:10])}",
                       stacklevel=2)
-    placements = [Placement(*(tuple(row[k]) for k in ("shape", "box", "inner"))) for row in index]
+    placements = [row["placement"] for row in index]
     manifest = manifest.flagged([set(row["flags"]) for row in index])
-    return Prepared(manifest, np.load(folder / "arrays.npy", mmap_mode="r"), np.array([row["has_mask"] for row in index]), placements)
+    return Prepared(manifest, arrays, np.array([row["has_mask"] for row in index]), placements)
 
 # %% ../nbs/20_loader.ipynb #020
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/78_opened.ipynb #89902282
 from .evaluation import median_grade, probability_columns
-from .files import DataError, code_digest, digest, fingerprint, read_whole, resolve, write_whole
+from .files import DataError, code_digest, digest, fingerprint, read_parquet, resolve, write_whole
 from .instruments import measure
 from .latent import saved_latents
 from .loader import NoduleData, eval_loader
@@ -140,7 +140,7 @@ def _kept(path: Path, make) -> tuple[pd.DataFrame, np.ndarray]:
         both = table.join(pd.DataFrame(z, index=table.index, columns=[f"z{c}" for c in range(z.shape[1])]))
         try: write_whole(path, both.to_parquet)
         except DataError: return table, z
-    both = read_whole(path, pd.read_parquet)
+    both = read_parquet(path)
     latent = both.filter(regex=r"^z\d+$")
     return both.drop(columns=latent.columns), latent.to_numpy(np.float32)
 
@@ -161,7 +161,8 @@ def open_run(
     info, scale = trained.info, data.prepared.manifest.scale.name
     if tasks_on(data.prepared.manifest, info) != info["tasks"]:
         raise ParameterError(f"source: found grades on scale {scale!r}, the model's are on {info['scale']!r}; they are never set beside each other")
-    history, nodules = (read_whole(folder / f"{name}.parquet", pd.read_parquet) for name in ("history", "nodules"))
+    history = read_parquet(folder / "history.parquet", "kind", "split", "epoch")
+    nodules = read_parquet(folder / "nodules.parquet", "epoch", "split", "image_id")
     split, names = _split_of(data, trained), data.prepared.manifest.rows.image_id
     shown = (split != "train") | names.isin(set(nodules.image_id)).to_numpy() if images == "unseen" else np.ones(len(split), bool)
     rows, rlar = np.flatnonzero(shown), make_rlar(trained.settings)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['predict_batch', 'Predictions', 'predict', 'evidence_fit', 'evidence_r2', 'evidence_table', 'run_metrics',
-           'gallery_items', 'EvaluationSettings', 'TrainedRun', 'check_evaluation', 'load_run', 'unseen', 'tasks_on',
-           'open_evaluation']
+           'gallery_items', 'EvaluationSettings', 'TrainedRun', 'check_evaluation', 'check_info', 'load_run', 'unseen',
+           'tasks_on', 'open_evaluation']
 
 # %% ../nbs/64_predictions.ipynb #003
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,15 @@ import torch
 
 # %% ../nbs/64_predictions.ipynb #005
 from .evaluation import SEGMENTATION, evaluate, median_grade, per_image_segmentation, probability_columns
-from .files import digest, inside, read_whole, resolve
+from .files import DataError, digest, inside, read_parquet, resolve
 from .intervals import bootstrap, ratio
 from .loader import NoduleData, eval_loader, prepare
 from .network import MultitaskNet, load_model
+from .objectives import TASKS
 from .radiomics import NAMES, EvidenceScaler, measure_manifest
 from .records import Manifest
-from .runs import CHOICES, ParameterError, RunSettings, open_source, recorded_settings, typed_parameters
+from .runs import CHOICES, ParameterError, RunSettings, open_source, read_size, recorded_settings, typed_parameters
+from .tirads import SCALES
 
 # %% ../nbs/64_predictions.ipynb #008
 @torch.no_grad()
@@ -145,10 +147,23 @@ def check_evaluation(values: Mapping[str, object]) -> EvaluationSettings:
         raise ParameterError(f"out_dir: {out_dir} is the folder of a run, whose own metrics would be overwritten; expected another folder")
     return EvaluationSettings(run_dir, values.get("source"), values.get("data_dir"), out_dir, values.get("reader"), values.get("part", "auto"))
 
+def check_info(path: Path, info: dict) -> None:
+    "DataError unless model.json says all that an evaluation asks of it: scale, image size, tasks, evidence and its scaler."
+    try:
+        read_size(info["image_size"])
+        names, scaler = info["evidence"], EvidenceScaler.from_dict(info["scaler"])
+        unknown = {info["scale"]} - SCALES.keys() | set(info["tasks"]) - set(TASKS) | set(names) - set(NAMES)
+        if unknown: raise ValueError(f"unknown: {', '.join(map(repr, unknown))}")
+        if any(getattr(scaler, k).shape != (len(names),) for k in scaler.FIELDS): raise ValueError(f"a scaler for other than {len(names)} items")
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
+        raise DataError(path, "content", f"{type(e).__name__} ({e})", "what train.ipynb writes") from e
+
 def load_run(folder: str | Path) -> TrainedRun:
-    "A run folder's network, model.json and parameters. Raises FileNotFoundError naming what is missing."
+    "A run folder's network, model.json and parameters. Raises FileNotFoundError or DataError naming what is missing or damaged."
     net, info = load_model(folder)
-    return TrainedRun(net, info, recorded_settings(folder), read_whole(Path(folder) / "split.parquet", pd.read_parquet))
+    check_info(Path(folder) / "model.json", info)
+    split = read_parquet(Path(folder) / "split.parquet", "image_id", "case_id", "group", "split", "digest")
+    return TrainedRun(net, info, recorded_settings(folder), split)
 
 # %% ../nbs/64_predictions.ipynb #018
 def unseen(manifest: Manifest, split: pd.DataFrame) -> np.ndarray:

@@ -29,7 +29,7 @@ from scipy import ndimage
 from skimage.measure import find_contours, regionprops
 from tqdm.auto import tqdm
 
-from .files import DataError, cache_folder, code_digest, digest, fingerprint, inside, resolve, write_whole
+from .files import DataError, cache_folder, code_digest, digest, fingerprint, inside, read_parquet, resolve, write_whole
 from .records import Manifest
 from .sector import find_sector
 
@@ -258,9 +258,9 @@ def _keys(manifest: Manifest) -> list[str]:
 # %% ../nbs/25_radiomics.ipynb #057
 def _read_cache(path: Path) -> pd.DataFrame:
     "Values and reasons by key; empty when there is no readable file."
-    try: return pd.read_parquet(path, columns=[*NAMES, "reason"])
-    except FileNotFoundError: pass
-    except Exception as e: warnings.warn(f"{path}: not readable ({type(e).__name__}), measured anew", stacklevel=3)
+    if not path.exists(): return pd.DataFrame(columns=[*NAMES, "reason"])
+    try: return read_parquet(path, *NAMES, "reason")[[*NAMES, "reason"]].astype(dict.fromkeys(NAMES, np.float32))
+    except (DataError, ValueError, TypeError) as e: warnings.warn(f"{path}: not readable ({type(e).__name__}), measured anew", stacklevel=3)
     return pd.DataFrame(columns=[*NAMES, "reason"])
 
 def _write_cache(path: Path, table: pd.DataFrame) -> None:

@@ -118,13 +118,18 @@ def read_size(value: object) -> tuple[int, int]:
     "(height, width) from 160, '160x224' or [160, 224]. Raises ParameterError unless both are multiples of 32."
     parts = value if isinstance(value, (list, tuple)) else str(value).lower().split("x")
     try: size = tuple(int(p) for p in parts)
-    except (TypeError, ValueError): size = ()
+    except (TypeError, ValueError, OverflowError): size = ()
     size = size * 2 if len(size) == 1 else size
-    if len(size) != 2 or any(s < 32 or s % 32 for s in size):
-        raise ParameterError(f"image_size: found {value!r}, expected height x width in multiples of 32, such as 160x224")
+    if len(size) != 2 or any(s % 32 or not 32 <= s <= 4096 for s in size):
+        raise ParameterError(f"image_size: found {value!r}, expected height x width in multiples of 32, such as 160x224, up to 4096")
     return size
 
 _FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+def _is_plain(text: str) -> bool:
+    "Whether a text can be written to a file and be part of a path."
+    return "\0" not in text and text.encode("utf-8", "ignore").decode("utf-8") == text
+
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}      # of defaults; all others are text
 
 def _typed(name: str, value: object, default: object) -> object:
@@ -140,11 +145,12 @@ def _typed(name: str, value: object, default: object) -> object:
         try: number = float(text)
         except ValueError: number = math.nan
         if math.isfinite(number) and (isinstance(default, float) or number == int(number)): return type(default)(number)
-    elif isinstance(value, (str, int, float, os.PathLike)) and not isinstance(value, bool): return text     # a reader or a folder may be called 2
+    elif isinstance(value, (str, int, float, os.PathLike)) and not isinstance(value, bool) and _is_plain(text): return text     # a reader called 2
     raise ParameterError(f"{name}: found {value!r}, expected {kind}")
 
 def typed_parameters(values: Mapping[str, object], defaults: Mapping[str, object]) -> dict[str, object]:
     "The values in their defaults' types (None: text). Raises ParameterError for an unknown name or another type, saying what is allowed."
+    if not isinstance(values, Mapping): raise ParameterError(f"parameters: found {type(values).__name__}, expected names and values")
     if unknown := sorted(set(values) - set(defaults)):
         raise ParameterError(f"unknown parameter {', '.join(unknown)}; allowed are {', '.join(defaults)}")
     return {name: _typed(name, value, defaults[name]) for name, value in values.items()}
@@ -231,7 +237,7 @@ OUTPUTS = ("split.parquet", "history.parquet", "nodules.parquet", "predictions.p
 def recorded_settings(folder: str | Path) -> RunSettings:
     "The parameters of the run in a folder. Raises ParameterError naming its params.json when this version does not know them."
     path = Path(folder) / "params.json"
-    try: return check_parameters(read_json(path)["parameters"])
+    try: return check_parameters(read_json(path, "parameters")["parameters"])
     except ParameterError as error:
         raise ParameterError(f"{path}: not this version's parameters: {error}; expected another folder, or the version that wrote it") from error
 

@@ -277,7 +277,7 @@ def make_accelerator(s: FitSettings, folder: Path) -> Accelerator:
                        dataloader_config=DataLoaderConfiguration(non_blocking=True),
                        log_with="tensorboard" if s.tensorboard else None, project_dir=folder)
     if (n := made.gradient_accumulation_steps) > 1:           # as `accelerate launch` can ask for
-        raise ValueError(f"gradient accumulation: found {n} batches a step, expected 1: label counts, lambda and combined gradients are a batch's own")
+        raise ValueError(f"gradient accumulation: found {n} batches a step, expected 1: label counts, lambda, combined gradients are a batch's own")
     if made.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ValueError(f"distribution: found {made.distributed_type.value}, expected whole networks on several CPUs or GPUs")
     return made

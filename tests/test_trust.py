@@ -1,0 +1,354 @@
+"""What comes from elsewhere cannot run, leave its folder, fill the memory, or pass for a page. nbs/06_trust.ipynb names a test for each attack."""
+import ast
+import io
+import json
+import pickle
+import re
+import resource
+import struct
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless, UltrasoundImageStorage
+
+from thyroid_rlar.ddti import MAX_XML, clean_regions, read_case, read_ddti, self_intersects
+from thyroid_rlar.files import MAX_CELLS, DataError, read_json, read_parquet, read_whole
+from thyroid_rlar.folder import MAX_ROWS, MAX_TABLE, read_folder, read_table
+from thyroid_rlar.images import MAX_PIXELS, examine, read_gray
+from thyroid_rlar.latent import saved_latents
+from thyroid_rlar.latent_figures import as_csv, thumbnail
+from thyroid_rlar.network import MultitaskNet, NetworkSettings, load_model, save_model
+from thyroid_rlar.records import MAX_POINTS, Manifest, left_out_table
+from thyroid_rlar.report import write_report
+from thyroid_rlar.runs import ParameterError, check_parameters, read_size, recorded_settings
+from thyroid_rlar.tirads import DDTI
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = sorted(path for path in (ROOT / "thyroid_rlar").glob("*.py") if path.name != "_modidx.py")
+HEAD = "image,case,grade,mask\n"
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)>"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "A good image with its mask, and beside the folder a secret one."
+    root = tmp_path / "data"
+    for part in ("images", "masks"): (root / part).mkdir(parents=True)
+    for path in (root / "images/a.png", tmp_path / "secret.png"): Image.effect_noise((60, 40), 40).save(path)
+    mask = np.zeros((40, 60), np.uint8)
+    mask[10:20, 15:40] = 255
+    Image.fromarray(mask).save(root / "masks/a.png")
+    return root
+
+
+def read(root, table):
+    (root / "labels.csv").write_text(HEAD + table)
+    return read_folder(root, verbose=False)
+
+
+class Cost:
+    "CPU seconds and the growth of the largest memory used, in MB."
+    def __enter__(self):
+        self.start, self.before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return self
+
+    def __exit__(self, *_):
+        self.seconds = time.process_time() - self.start
+        self.memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self.before) / 1024
+        assert self.seconds < 1 and self.memory < 500, (self.seconds, self.memory)
+
+
+# ---- too large --------------------------------------------------------------------------------------------------------
+
+def test_an_entity_bomb_is_a_flag(tmp_path):
+    levels = "".join(f'<!ENTITY e{k} "{f"&e{k - 1};" * 10}">' for k in range(1, 12))
+    (tmp_path / "1.xml").write_text(f'<!DOCTYPE case [<!ENTITY e0 "ha">{levels}]><case><number>1</number><tirads>&e11;</tirads></case>')
+    with Cost(): assert read_case(tmp_path / "1.xml").flags == {"xml_bad"}
+    (tmp_path / "1.xml").write_text("<case>" + "<a/>" * (MAX_XML // 4) + "</case>")
+    with Cost(): assert read_case(tmp_path / "1.xml").flags == {"xml_bad"}
+
+
+def png(width, height):
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)),
+                     chunk(b"IDAT", zlib.compress(bytes(10**6))), chunk(b"IEND", b"")])
+
+
+def tiff_of_one_huge_tile():
+    "16 x 16 pixels, stored as a tile of 30,000 x 30,000."
+    data = zlib.compress(bytes(10**6))
+    tags = [(256, 3, 1, 16), (257, 3, 1, 16), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1),
+            (322, 4, 1, 30_000), (323, 4, 1, 30_000), (324, 4, 1, 150), (325, 4, 1, len(data))]
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return head.ljust(150, b"\0") + data
+
+
+def dicom(syntax, pixels, shape=(40, 60)):
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = UltrasoundImageStorage, "1.2.3", syntax
+    ds = FileDataset("a.dcm", {}, file_meta=meta, preamble=b"\0" * 128)
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.PhotometricInterpretation, ds.SamplesPerPixel = UltrasoundImageStorage, "1.2.3", "MONOCHROME2", 1
+    (ds.Rows, ds.Columns), ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation, ds.PixelData = shape, 8, 8, 7, 0, pixels
+    file = io.BytesIO()
+    ds.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+def jpeg_of(width, height):
+    "A small JPEG whose header claims another size."
+    file = io.BytesIO()
+    Image.new("L", (16, 16)).save(file, "JPEG")
+    data, at = bytearray(file.getvalue()), file.getvalue().index(b"\xff\xc0")
+    data[at + 5:at + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+BOMBS = {"a.png": png(60_000, 60_000), "b.png": png(9_000, 9_000), "c.png": png(5_000, 4_000), "a.tif": tiff_of_one_huge_tile(),
+         "a.jpg": jpeg_of(60_000, 60_000), "a.dcm": dicom(ExplicitVRLittleEndian, bytes(2400), (60_000, 60_000)),
+         "b.dcm": dicom(JPEGBaseline8Bit, encapsulate([jpeg_of(12_000, 12_000)])),
+         "c.dcm": dicom(DeflatedExplicitVRLittleEndian, bytes(10**8), (10_000, 10_000))}
+
+
+def test_run_lengths_that_grow_64_fold_are_refused(tmp_path):
+    rle = struct.pack("<16I", 1, 64, *[0] * 14) + b"\x81\0" * 4_000_000        # each two bytes are 128 zeros
+    (tmp_path / "a.dcm").write_bytes(dicom(RLELossless, encapsulate([rle])))
+    for look in (examine, read_gray):
+        with Cost(), pytest.raises(DataError, match="size"): look(tmp_path / "a.dcm")
+
+
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_pixel_bomb_is_refused_before_it_is_decoded(tmp_path, name):
+    (tmp_path / name).write_bytes(BOMBS[name])
+    assert len(BOMBS[name]) < 200_000
+    for look in (examine, read_gray):
+        with Cost(), pytest.raises(DataError, match="size|pixels|TransferSyntax|ecompression"): look(tmp_path / name)
+
+
+def test_the_largest_image_allowed_costs_less_than_500_mb(tmp_path):
+    side = int(MAX_PIXELS**.5)
+    Image.new("RGBA", (side, side)).save(tmp_path / "a.png", compress_level=1)
+    Image.fromarray(np.zeros((side, side), np.uint16)).save(tmp_path / "b.png", compress_level=1)
+    for name in ("a.png", "b.png"):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert read_gray(tmp_path / name).shape == (side, side)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024
+
+
+def test_a_table_of_any_size_ends_in_a_sentence(tmp_path):
+    for text, said in (("x" * (MAX_TABLE + 1), "size"), (HEAD + "a,1,,\n" * (MAX_ROWS + 1), "rows"), ("image,case,grade," + "x," * 10**6, "columns")):
+        (tmp_path / "labels.csv").write_text(text)
+        with pytest.raises(DataError, match=said): read_table(tmp_path / "labels.csv")
+    column = pd.Series(["x"] * 1000).astype("category").cat.codes
+    pd.DataFrame({f"c{k}": column for k in range(MAX_CELLS // 1000 // 100)}).to_parquet(tmp_path / "a.parquet")
+    assert len(read_parquet(tmp_path / "a.parquet")) == 1000
+    pd.DataFrame({"x": np.zeros(MAX_CELLS + 1, bool)}).to_parquet(tmp_path / "b.parquet")
+    assert (tmp_path / "b.parquet").stat().st_size < 200_000
+    with Cost(), pytest.raises(DataError, match="values, at most"): read_parquet(tmp_path / "b.parquet")
+
+
+def test_a_contour_of_many_points_costs_little():
+    region = lambda n: {"points": [{"x": k * 17 % 60, "y": k * 13 % 40} for k in range(n)]}
+    with Cost(): contours, flags = clean_regions([region(MAX_POINTS - 4), region(3), region(100_000)], (40, 60))
+    assert len(contours) == 2 and "contour_long" in flags
+    with Cost(): assert clean_regions([region(20_000)] * 9, (40, 60)) == (None, {"contour_long", "no_contour"})
+    rng = np.random.default_rng(0)
+    for n in (4, 5, 300, 600):                                      # more and fewer edges than are compared at a time
+        angle = np.sort(rng.uniform(0, 6.28, n))
+        ring = np.c_[np.cos(angle), np.sin(angle)]
+        assert not self_intersects(ring) and self_intersects(ring[[*range(n - 3), n - 1, n - 2, n - 3]] if n > 4 else ring[[0, 2, 1, 3]])
+
+
+def test_latents_that_unpack_to_gigabytes_are_refused(tmp_path):
+    (tmp_path / "latents").mkdir()
+    with zipfile.ZipFile(tmp_path / "latents/000.npz", "w", zipfile.ZIP_DEFLATED) as packed: packed.writestr("z.npy", bytes(10**8))
+    with Cost(), pytest.raises(DataError, match="once unpacked"): saved_latents(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"grades": 10**9}, {"embedding": 10**9}, {"width": 2**40}, {"dropout": 2}, {"grades": "6"},
+                                    {"encoder": "hf-hub:x/y"}, {"x": 1}])
+def test_a_model_of_any_size_is_not_built(tmp_path, change):
+    save_model(MultitaskNet(NetworkSettings(grades=2, evidence=0), "none"), tmp_path)
+    info = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps(info | {"network": info["network"] | change}))
+    with pytest.raises(DataError, match="model.json"): load_model(tmp_path)
+
+
+# ---- out of the folder ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("path", ["../secret.png", "images/../../secret.png", "{}/secret.png", "..\\secret.png", "a\0.png", "file:///etc/passwd"])
+def test_no_path_leads_out_of_the_folder(folder, path):
+    path = path.format(folder.parent)
+    m = read(folder, f"a.png,1,TR4,{path}\n{path},2,TR2,\n")
+    assert m.rows["image"].tolist() == ["images/a.png"] and m.rows["mask"].isna().all() and len(m.left_out) >= 1
+    good = m.rows.drop(columns="grade_index")
+    if path.startswith(("..\\", "file")): return                    # names like others, of files that are not there
+    for column in ("image", "mask"):
+        with pytest.raises(DataError, match="this folder"): Manifest(good.assign(**{column: path}), folder, m.scale, "x")
+
+
+def test_a_link_out_of_the_folder_is_not_followed(folder):
+    secret = folder.parent / "secret.png"
+    for name in ("images/b.png", "masks/b.png", "masks/c.png"): (folder / name).symlink_to(secret)
+    Image.effect_noise((60, 40), 90).save(folder / "images/c.png")
+    m = read(folder, "a.png,1,TR4,\nb.png,2,TR2,\nc.png,3,TR2,c.png\n")
+    assert m.rows["image"].tolist() == ["images/a.png", "images/c.png"] and m.left_out["name"].tolist()[0] == "b.png"
+    assert m.rows["mask"].isna().all() and "mask_outside" in m.rows["flags"][1]
+    (folder / "labels.csv").rename(folder.parent / "labels.csv")
+    (folder / "labels.csv").symlink_to(folder.parent / "labels.csv")
+    with pytest.raises(DataError, match="stays in this folder"): read_folder(folder, verbose=False)
+
+
+def test_an_xml_that_is_a_link_out_of_the_folder_is_not_read(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "1.xml").write_text("<case><number>1</number><tirads>5</tirads></case>")
+    (tmp_path / "in/1.xml").symlink_to(tmp_path / "1.xml")
+    Image.effect_noise((60, 40), 40).save(tmp_path / "in/1_1.jpg")
+    row = read_ddti(tmp_path / "in", verbose=False).rows.iloc[0]
+    assert row["grade"] is None and "xml_bad" in row["flags"]
+
+
+# ---- code in the place of data ----------------------------------------------------------------------------------------
+
+class Shell:
+    "Its pickle makes a file when it is opened."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return Path.touch, (self.path,)
+
+
+def test_a_pickle_in_the_place_of_a_checkpoint_is_not_run(tmp_path):
+    made, attack = tmp_path / "made", pickle.dumps(Shell(tmp_path / "made"))
+    pickle.loads(attack)
+    assert made.exists()
+    made.unlink()
+    save_model(MultitaskNet(NetworkSettings(grades=2, evidence=0), "none"), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(attack)
+    with pytest.raises(DataError, match="model.safetensors"): load_model(tmp_path)
+    torch.save(Shell(made), tmp_path / "state.pt")
+    for content in (attack, (tmp_path / "state.pt").read_bytes()):
+        (tmp_path / "state.pt").write_bytes(content)
+        with pytest.raises(DataError, match="state.pt"):            # as training.load_checkpoint reads it, see the rules below
+            read_whole(tmp_path / "state.pt", lambda p: torch.load(p, map_location="cpu", weights_only=True))
+    (tmp_path / "latents").mkdir()
+    np.savez(tmp_path / "latents/000.npz", z=np.array([Shell(made)], object), image_id=np.array(["a"]))
+    with pytest.raises(DataError, match="000.npz"): saved_latents(tmp_path)
+    assert not made.exists()
+
+
+def test_a_notebook_as_data_is_not_executed(folder):
+    made = folder.parent / "made"
+    cell = {"cell_type": "code", "source": f"open({str(made)!r}, 'w')", "metadata": {}, "outputs": [], "execution_count": None}
+    notebook = json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+    for name in ("images/x.ipynb", "images/y.png", "masks/a.png", "params.json", "model.json"):
+        (folder / name).write_text(notebook)
+    m = read(folder, "a.png,1,TR4,a.png\nx.ipynb,2,TR2,\ny.png,3,TR2,\n")
+    assert m.rows["image"].tolist() == ["images/a.png"] and "mask_bad" in m.rows["flags"][0]
+    with pytest.raises(DataError): recorded_settings(folder)
+    with pytest.raises(DataError): read_json(folder / "model.json", "network")
+    (folder / "labels.csv").write_text(notebook)
+    with pytest.raises(DataError): read_folder(folder, verbose=False)
+    assert not made.exists()
+
+
+def calls(tree):
+    "Dotted names of what is called, with the call."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call): yield ast.unparse(node.func), node
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.name)
+def test_the_package_runs_nothing_that_it_reads(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    bad = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml", "xml", "lxml", "runpy", "subprocess", "code", "nbformat",
+           "nbclient", "papermill", "execnb", "nbconvert")
+    assert not {name for name in imported if name.split(".")[0] in bad}
+    for name, call in calls(tree):
+        options = {k.arg: ast.unparse(k.value) for k in call.keywords}
+        assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "joblib.load", "pd.read_pickle", "torch.hub.load"), name
+        if name == "torch.load": assert options.get("weights_only") == "True"
+        if name == "np.load": assert options.get("allow_pickle", "False") == "False"
+        assert name != "pd.read_parquet" or path.name == "files.py" or path.name in ("runs.py", "training.py")
+        if name.endswith("read_html") or name.endswith("read_xml"): raise AssertionError(name)
+
+
+# ---- text that is more than text --------------------------------------------------------------------------------------
+
+def test_html_in_a_case_id_is_shown_as_text(folder, tmp_path):
+    m = read(folder, f'a.png,"{EVIL}",TR4,\n"{EVIL}.png",2,TR2,\n')
+    assert m.rows["case_id"].tolist() == [EVIL]
+    shown = Manifest(m.rows.assign(flags=[(EVIL,)]), folder, m.scale, "folder", m.left_out)._repr_markdown_()
+    assert "\\<script\\>" in shown and not re.search(r"(?<!\\)<", shown)
+    table = m.rows[["case_id", "image_id"]].assign(text=f"[x](javascript:alert(1)) {EVIL}")
+    page = write_report(tmp_path / "report.html", EVIL, [(EVIL, EVIL, table)], {EVIL: EVIL}).read_text("utf-8")
+    own = page[page.rindex("</script></head>"):]
+    assert "&lt;script&gt;" in own and "<script>alert" not in own and "<img" not in own
+    small = thumbnail(np.zeros((9, 9), np.uint8), EVIL)
+    assert "&lt;script" in small and "<script" not in small
+
+
+def test_markdown_in_a_files_name_is_shown_as_text(folder):
+    odd = b"\xff.png".decode("utf-8", "surrogateescape")
+    left_out = left_out_table([("![](http://x.invalid/pixel.png).png", "a | b"), ("`x`\n# head", "*b*"), (odd, "x")])
+    m = read(folder, "a.png,1,TR4,\n")
+    text = Manifest(m.rows, folder, m.scale, "x", left_out)._repr_markdown_()
+    assert "!\\[\\](http" in text and "\\`x\\` # head" in text and "a \\| b" in text and text.encode()
+
+
+def test_a_cell_cannot_begin_another_line():
+    assert as_csv(pd.DataFrame({"case_id": ["x\r=1+1", "y\n=1+1"]})).splitlines() == ["case_id", "x =1+1", "y =1+1"]
+
+
+@pytest.mark.parametrize("cell", ["=1+1", "+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "=HYPERLINK(\"http://x.invalid\")", "=cmd|' /C calc'!A0", " =1"])
+def test_a_formula_in_a_csv_export_is_text(cell, tmp_path):
+    exported = as_csv(pd.DataFrame({"case_id": [cell], cell: [cell], "dice": [-.5]}))
+    back = pd.read_csv(io.StringIO(exported), dtype=str)
+    text = "'" + re.sub("[\r\n]", " ", cell)
+    assert back["case_id"][0] == text and back.columns[1] == text and back["dice"][0] == "-0.5"
+
+
+# ---- values -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("values", [{"out_dir": "a\0b"}, {"reader": "\ud800"}, {"image_size": [float("inf"), 32]}, {"image_size": 10**9 * 32},
+                                    {"epochs": "1e999"},
+                                    {"encoder": "x" * 10**6}, {"encoder": "hf-hub:a/b"}, {"encoder": "local-dir:/tmp"}, {"__class__": 1}, [1], None])
+def test_a_parameter_of_any_kind_ends_in_a_sentence(values):
+    with Cost(), pytest.raises(ParameterError): check_parameters(values)
+
+
+def test_sizes_have_an_end():
+    assert read_size("4096x32") == (4096, 32)
+    with pytest.raises(ParameterError, match="up to 4096"): read_size(4128)
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "²", "٣", "-1", ""])
+def test_image_numbers_of_any_kind(tmp_path, number):
+    (tmp_path / "1.xml").write_text(f"<case><number>1</number><age>{number}</age><mark><image>{number}</image><svg/></mark></case>", encoding="utf-8")
+    Image.effect_noise((60, 40), 40).save(tmp_path / "1_1.jpg")
+    m = read_ddti(tmp_path, verbose=False)
+    assert len(m) == 1 and m.scale == DDTI
+
+
+# ---- the notebook -----------------------------------------------------------------------------------------------------
+
+ATTACKS = ("entity bomb", "pixel bomb", "path traversal", "symbolic link out of the folder", "pickle in a checkpoint's place", "HTML in a case id",
+           "formula in a CSV export", "a notebook as data", "a lock left by a crash")
+
+
+def test_every_attack_has_a_row_and_every_row_a_test():
+    source = "\n".join("".join(cell["source"]) for cell in json.loads((ROOT / "nbs/06_trust.ipynb").read_text(encoding="utf-8"))["cells"])
+    rows = re.findall(r'^    \("([^"]+)", "([^"]+)",\s+"(test_\w+\.py)::(test_\w+)"\)', source, re.MULTILINE)
+    assert set(ATTACKS) <= {attack for attack, *_ in rows}
+    for attack, happens, file, test in rows:
+        assert happens and (ROOT / "tests" / file).exists(), f"{attack}: no file tests/{file}"
+        assert re.search(rf"^def {test}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE), f"{attack}: no {test} in {file}"
