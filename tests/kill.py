@@ -10,11 +10,14 @@ is the result as JSON.
 import argparse
 import json
 import os
+import resource
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -97,16 +100,25 @@ def forked(folder: Path, first: Callable[[], None] = lambda: None, **changes: ob
     return fork(work, folder.with_suffix(".log"))
 
 
-def ended(pid: int, seconds: float = 600) -> bool:
-    "Wait so long for a process to end: whether it did; one that failed is an error."
-    until = time.monotonic() + seconds
+def used(pid: int) -> float:
+    "CPU seconds of a process; 0 when it is gone."
+    with suppress(OSError):
+        numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def ended(pid: int, moment: float = np.inf, busy: int | None = None) -> bool:
+    "Wait for a process to end, or until it (or `busy` in its place) has used so many CPU seconds: whether it ended. One that failed is an error."
+    until = time.monotonic() + 1800
     while time.monotonic() < until:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             if os.waitstatus_to_exitcode(status) > 0: raise SystemExit(f"process {pid} failed")
             return True
-        time.sleep(0.002)
-    return False
+        if used(busy or pid) >= moment: return False
+        time.sleep(0.005)
+    raise SystemExit(f"process {pid} did not end in half an hour")
 
 
 def prepare() -> None:
@@ -135,7 +147,7 @@ def kill_in_writes(root: Path) -> dict:
             name = os.path.relpath(path, folder)
             if name == str(CHECKPOINT) and "history.parquet" not in seen: name += " within an epoch"
             seen.add(name)
-            for stage in [stage for stage in STAGES if (name, stage) not in done][:1]:
+            for stage in [stage for stage in STAGES if (name, stage) not in done and not name.startswith("..")][:1]:
                 os.write(pipe, json.dumps([name, stage]).encode())
                 if stage == "half": os.truncate(part, os.path.getsize(part) // 2)
                 if stage == "after": real(part, path)
@@ -149,7 +161,7 @@ def kill_in_writes(root: Path) -> dict:
         ours, theirs = os.pipe()
         pid = forked(folder, killer(theirs))
         os.close(theirs)
-        if not ended(pid): raise SystemExit(f"{folder}: not done in ten minutes")
+        ended(pid)
         said = os.read(ours, 1000)
         os.close(ours)
         if not said: break
@@ -164,27 +176,23 @@ def state_of(folder: Path) -> dict:
     return place | {"writing": len(list(folder.rglob(".part-*"))) > 0}
 
 
-def kill_at_moments(root: Path, kills: int, start: Callable[[Path], int], survives: Callable[[int, float], bool], seconds: float, seed: int) -> dict:
-    "Runs that are killed at random within `seconds` of each life, until there were enough kills; then the last one goes on to its end."
-    rng, moments, found, count = np.random.default_rng(seed), [], {}, 0
-    while True:
-        folder = root / f"run-{count}"
-        delay = rng.uniform(0, seconds) if len(moments) < kills else 600
-        if survives(start(folder), delay):
-            found[count] = differences(folder, root.parent / "whole")
-            print(f"run {count} after {sum(m['run'] == count for m in moments)} kills: {found[count] or 'the same'}", flush=True)
-            if len(moments) >= kills: break
-            count += 1
-        else:
-            moments.append({"run": count, "seconds": round(delay, 2)} | state_of(folder))
-            print(len(moments), json.dumps(moments[-1]), flush=True)
-    different = {run: names for run, names in found.items() if names}
-    return {"kills": len(moments), "runs": len(found), "differences": different, "moments": moments}
+def kill_at_moments(root: Path, kills: int, start: Callable[[Path], int], survives: Callable[[int, float], bool], most: float, seed: int,
+                    keep: Callable[[dict], None]) -> None:
+    "Runs that are killed in each life when it has used a random number of CPU seconds up to `most`; after enough kills the last one ends."
+    rng, moments, found, begin = np.random.default_rng(seed), [], {}, time.monotonic()
+    enough = False
+    while not enough:
+        folder, enough = root / f"run-{len(found)}", len(moments) >= kills
+        moment = np.inf if enough else rng.uniform(0, most)
+        if survives(start(folder), moment): found[len(found)] = differences(folder, root.parent / "whole")
+        else: moments.append({"run": len(found), "cpu_seconds": round(moment, 2)} | state_of(folder))
+        different = {run: names for run, names in found.items() if names}
+        keep({"kills": len(moments), "runs": len(found), "differences": different, "elapsed": round(time.monotonic() - begin), "moments": moments})
 
 
-def fork_survives(pid: int, seconds: float) -> bool:
-    if ended(pid, seconds): return True
-    os.kill(pid, signal.SIGKILL)
+def fork_survives(pid: int, moment: float, busy: int | None = None) -> bool:
+    if ended(pid, moment, busy): return True
+    for process in filter(None, (busy, pid)): os.kill(process, signal.SIGKILL)      # papermill would wait some seconds before it notices
     os.waitpid(pid, 0)
     return False
 
@@ -197,20 +205,13 @@ def by_papermill(folder: Path) -> int:
     return fork(lambda: papermill.execute_notebook(NOTEBOOK, folder.with_suffix(".ipynb"), values, progress_bar=False), folder.with_suffix(".log"))
 
 
-def kernel_of(pid: int) -> int | None:
-    "The process of papermill's kernel, which lives in a session of its own: ending papermill would leave it at work."
-    while not ended(pid, 0.01):
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            for child in children.read_text().split():
-                if b"ipykernel_launcher" in Path(f"/proc/{child}/cmdline").read_bytes(): return int(child)
-    return None
-
-
-def kernel_survives(pid: int, seconds: float) -> bool:
-    kernel = kernel_of(pid)
-    if ended(pid, seconds): return True
-    os.kill(kernel, signal.SIGKILL)
-    return fork_survives(pid, 0)            # papermill would wait some seconds before it notices
+def kernel_survives(pid: int, moment: float) -> bool:
+    "Papermill's kernel lives in a session of its own: ending papermill alone would leave it at work."
+    while True:
+        children = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+        for child in children:
+            if b"ipykernel_launcher" in Path(f"/proc/{child}/cmdline").read_bytes(): return fork_survives(pid, moment, int(child))
+        time.sleep(0.01)
 
 
 def main() -> None:
@@ -220,17 +221,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a JSON file for the result")
     asked = parser.parse_args()
-    root, result, begin = asked.folder.resolve(), {}, time.monotonic()
+    root, result = asked.folder.resolve(), {}
     prepare()
-    if not ended(forked(root / "whole", checkpoint_seconds=600, resume=False)): raise SystemExit("not done in ten minutes")
-    alone = time.monotonic() - begin
+    ended(forked(root / "whole", checkpoint_seconds=600, resume=False))
+    alone = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    most = {"moments": alone, "kernels": alone + time.process_time()}      # a kernel has all to import first
+
+    def keep(how: str, found: dict) -> None:
+        result[how] = found
+        if asked.out: asked.out.write_text(json.dumps(result, indent=1) + "\n")
+
     for how, _, kills in (item.partition("=") for item in asked.how):
-        begin = time.monotonic()
-        if how == "writes": found = kill_in_writes(root)
-        elif how == "moments": found = kill_at_moments(root / how, int(kills), forked, fork_survives, alone, asked.seed)
-        else: found = kill_at_moments(root / how, int(kills), by_papermill, kernel_survives, 2 * alone, asked.seed)
-        result[how] = found | {"elapsed": round(time.monotonic() - begin)}
-    if asked.out: asked.out.write_text(json.dumps(result, indent=1) + "\n")
+        start, survives = (by_papermill, kernel_survives) if how == "kernels" else (forked, fork_survives)
+        if how == "writes": keep(how, kill_in_writes(root))
+        else: kill_at_moments(root / how, int(kills), start, survives, most[how], asked.seed, partial(keep, how))
     print(json.dumps(result))
 
 

@@ -94,7 +94,7 @@ def trainer(folder: Path, data: NoduleData, epochs: int = 2, **settings: object)
     torch.manual_seed(0)
     net = MultitaskNet(NetworkSettings(grades=5, evidence=0, stride=8, width=32, embedding=16))
     split = make_split(data.prepared.manifest, folds=2)
-    fit = FitSettings(epochs=epochs, batch_size=4, device="cpu", **settings)
+    fit = FitSettings(**{"epochs": epochs, "batch_size": 4, "device": "cpu"} | settings)
     return Trainer(net, make_objective("rlar", Options(strength=0.2)), data, split, fit, folder)
 
 
@@ -168,3 +168,18 @@ def test_a_checkpoint_of_another_version_or_a_damaged_one_is_named(tmp_path, dat
     for content, match in (({"epoch": 1}, "found no average, .*expected a checkpoint of this version"), (None, "expected a whole file")):
         torch.save(content, path) if content else path.write_bytes(path.read_bytes()[:300])
         with pytest.raises(DataError, match=match): trainer(tmp_path, data).fit(resume=True)
+
+
+# ---- stops by itself ------------------------------------------------------------------------------------------------------
+
+def test_a_loss_that_explodes_stops_the_run_before_it_is_kept(tmp_path, data):
+    run = trainer(tmp_path, data, epochs=4, learning_rate=10.0)
+    with pytest.raises(TrainingStopped, match=r"epoch (\d), step \d: loss_\w+ .* on images \['.*'\] is \d+ times what it was in the first steps"):
+        run.fit()
+    kept = torch.load(tmp_path / CHECKPOINT, weights_only=True)["epoch"] if (tmp_path / CHECKPOINT).exists() else 0
+    assert kept == run.epoch                # the epoch in which it exploded left no checkpoint
+
+
+def test_a_curve_that_is_flat_from_the_start_is_warned_of(tmp_path, data):
+    with pytest.warns(UserWarning, match=r"after 2 of 4 epochs nothing was learned of .*(seg|risk) \(loss .*learning_rate too low \(found 1e-08\)"):
+        trainer(tmp_path, data, epochs=4, batch_size=1, learning_rate=1e-8).fit()
