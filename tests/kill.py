@@ -32,7 +32,7 @@ from thyroid_rlar.survival import CHECKPOINT
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "nbs/runs/train.ipynb"
 PARAMETERS = {"source": "folder", "data_dir": "data/phantom", "image_size": "64x96", "folds": 3, "stride": 8, "epochs": 2, "batch_size": 4,
-              "device": "cpu", "checkpoint_seconds": 0, "resume": True}
+              "encoder": "mobilenetv3_small_050", "pretrained": "none", "device": "cpu", "checkpoint_seconds": 0, "resume": True}
 TIMES = ["seconds", "loader_share", "peak_memory_mb"]      # columns of the history that no two runs share
 
 

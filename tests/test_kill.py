@@ -92,7 +92,7 @@ def data(tmp_path_factory) -> NoduleData:
 
 def trainer(folder: Path, data: NoduleData, epochs: int = 2, **settings: object) -> Trainer:
     torch.manual_seed(0)
-    net = MultitaskNet(NetworkSettings(grades=5, evidence=0, stride=8, width=32, embedding=16))
+    net = MultitaskNet(NetworkSettings(grades=5, evidence=0, stride=8, width=32, embedding=16, encoder="mobilenetv3_small_050"), "none")
     split = make_split(data.prepared.manifest, folds=2)
     fit = FitSettings(**{"epochs": epochs, "batch_size": 4, "device": "cpu"} | settings)
     return Trainer(net, make_objective("rlar", Options(strength=0.2)), data, split, fit, folder)
@@ -115,7 +115,7 @@ def disk(tmp_path):
     "A small disk of its own, mounted at two places: what is lost at one can still be looked at in the other."
     places = [tmp_path / "disk", tmp_path / "elsewhere"]
     for place in places: place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", places[0]], capture_output=True, text=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", places[0]], capture_output=True, text=True)
     if done.returncode: pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
     subprocess.run(["mount", "--bind", *places], check=True)
     yield places
@@ -127,13 +127,13 @@ def test_a_full_disk_stops_the_run_and_with_more_room_it_goes_on(disk, data, who
     with pytest.raises(TrainingStopped, match="No space left on device, expected free space on this disk. The checkpoint of epoch 0 is kept. Once"):
         trainer(place / "run", data).fit()
     assert not list(place.rglob(".part-*"))
-    subprocess.run(["mount", "-o", "remount,size=300m", place], check=True)
+    subprocess.run(["mount", "-o", "remount,size=60m", place], check=True)
     assert goes_on(trainer(place / "run", data), whole)
 
 
 def test_a_lost_share_stops_the_run_and_nothing_is_written_beneath_it(disk, data, whole):
     place, elsewhere = disk
-    subprocess.run(["mount", "-o", "remount,size=300m", place], check=True)
+    subprocess.run(["mount", "-o", "remount,size=60m", place], check=True)
     run = trainer(place, data)
     run.callbacks = at_epoch(1, lambda t: subprocess.run(["umount", "-l", place], check=True))
     with pytest.raises(TrainingStopped, match="expected its disk or network share back in place. The checkpoint of epoch 0 is kept"): run.fit()

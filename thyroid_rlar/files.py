@@ -169,25 +169,28 @@ def hold(folder: str | os.PathLike) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+", encoding="utf-8")
-        _lock(lock, folder)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}")
-        lock.flush()
+        if ours := _lock(lock, folder):
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}")
+            lock.flush()
     except OSError as error:
         raise DataError(folder, "writing", error.strerror, _ADVICE.get(error.errno, "a folder that can be written")) from error
-    _HELD[folder] = lock, _which(folder)
+    _HELD[folder] = lock if ours else None, _which(folder)
 
 # %% ../nbs/03_files.ipynb #31c6b269
-def _lock(lock: TextIO, folder: Path) -> None:
+def _lock(lock: TextIO, folder: Path) -> bool:
+    "Whether the lock is now this process's own; else it is its parent's, which started several to do its work. DataError when it is somebody else's."
     try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
         who = lock.read() or "another process"
         lock.close()
+        if "WORLD_SIZE" in os.environ and who.startswith(f"process {os.getppid()} on {socket.gethostname()},"): return False
         raise DataError(folder, "lock", f"it held by {who}", "no other run in this folder: wait for that one, stop it (in JupyterLab: "
                         "shut its kernel down), or choose another folder") from None
     except OSError as error:
         warnings.warn(f"{folder}: this file system has no locks ({error.strerror}), so nothing keeps a second run out", stacklevel=3)
+    return True
 
 def release(folder: str | os.PathLike) -> None:
     "Let a folder that `hold` keeps go; nothing if it is not kept."
@@ -205,7 +208,7 @@ def held(folder: str | os.PathLike) -> Iterator[None]:
         if not ours: release(folder)
 
 def _forget() -> None:              # in a forked child (a loader's worker): else it would keep the lock of a parent that was killed
-    for lock, _ in _HELD.values(): lock.close()
+    for lock in filter(None, (lock for lock, _ in _HELD.values())): lock.close()
     _HELD.clear()
 
 os.register_at_fork(after_in_child=_forget)

@@ -275,7 +275,7 @@ def set_aside(values: Mapping[str, object]) -> None:
     try: _check_folder(s, folder)
     except (ParameterError, DataError) as error:
         if s.resume: raise
-        old = folder.rename(f"{folder}.old-{datetime.now():%Y%m%d-%H%M%S}")
+        with held(folder): old = folder.rename(f"{folder}.old-{datetime.now():%Y%m%d-%H%M%S}")      # never that of a run at work
         print(f"{error}.\nSo the earlier run is now in {old}, with nothing of it lost, and this one takes its place.")
 
 # %% ../nbs/55_runs.ipynb #018
