@@ -167,5 +167,5 @@ def stop_together(check: Callable[[], None], accelerator: Accelerator) -> None:
     except TrainingStopped as stop: error = stop
     if accelerator.num_processes > 1:
         stopped = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device), "sum")
-        if stopped and error is None: error = TrainingStopped("another process found a loss or gradient that is not finite or exploded; it says where")
+        if stopped and error is None: error = TrainingStopped("another process found a loss or gradient that is no number or exploded; it says where")
     if error is not None: raise error
