@@ -136,6 +136,7 @@ def write_whole(
         raise DataError(path, "writing", os.strerror(number), _ADVICE.get(number, "a file that can be written")) from error
     return path
 
+# %% ../nbs/03_files.ipynb #f8401018
 def _sync_folder(folder: Path) -> None:
     "The file's new name on the disk, too, where the system can do that."
     with suppress(OSError):

@@ -41,6 +41,19 @@ def set_random_states(states: dict) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(states["cuda"])
 
+# %% ../nbs/49_survival.ipynb #8ad94eaa
+def _steps_state(log) -> dict:
+    "As few tensors, one for all steps."
+    values = {name: torch.stack([v[name] for v in log.values]).cpu() for name in (log.values or [{}])[0]}
+    stacks = {name: torch.stack(some).cpu() for name in ("rows", "cosines") if (some := getattr(log, name))}
+    return {"values": values, **stacks, "rates": log.rates, "seconds": log.seconds, "waited": log.waited}
+
+def _load_steps(log, state: dict, device: torch.device) -> None:
+    columns = [column.to(device) for column in state["values"].values()]
+    log.values = [dict(zip(state["values"], step)) for step in zip(*columns)]
+    log.rows, log.cosines = (list(state[name].to(device)) if name in state else [] for name in ("rows", "cosines"))
+    log.rates, log.seconds, log.waited = (state[name] for name in ("rates", "seconds", "waited"))
+
 # %% ../nbs/49_survival.ipynb #6aac28bf
 def _parts(t) -> dict:
     "Whatever has a state of its own, by its name in the checkpoint."
@@ -53,7 +66,7 @@ def save_checkpoint(t) -> None:
     "Write checkpoint/state.pt (on the first process alone)."
     state = {name: part.state_dict() for name, part in _parts(t).items()}
     state |= {name: getattr(t, name) for name in NUMBERS}
-    state |= {"count": t.average.count, "steps": t.steps.state_dict(), "random": random_states()}
+    state |= {"count": t.average.count, "steps": _steps_state(t.steps), "random": random_states()}
     if t.accelerator.is_main_process: write_whole(t.folder / CHECKPOINT, lambda part: torch.save(state, part))
     t.kept, t.saved = _stands(t), time.perf_counter()
 
@@ -69,7 +82,7 @@ def load_checkpoint(t) -> bool:
     for name, part in _parts(t).items(): part.load_state_dict(state[name])
     for name in NUMBERS: setattr(t, name, state[name])
     t.average.count = state["count"]
-    t.steps.load_state_dict(state["steps"], t.accelerator.device)
+    _load_steps(t.steps, state["steps"], t.accelerator.device)
     set_random_states(state["random"])
     t.log.load(t.epoch)
     t.kept = _stands(t)

@@ -27,6 +27,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, set_seed
+from fastcore.basics import patch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -162,18 +163,6 @@ class StepLog:
         cosines = pd.DataFrame(torch.stack(self.cosines).cpu().numpy())
         return table.assign(**{f"cos_q{round(100 * q):02d}": cosines.quantile(q, axis=1) for q in QUANTILES})
 
-    def state_dict(self) -> dict:
-        "As few tensors, one for all steps."
-        values = {name: torch.stack([v[name] for v in self.values]).cpu() for name in (self.values or [{}])[0]}
-        stacks = {name: torch.stack(some).cpu() for name in ("rows", "cosines") if (some := getattr(self, name))}
-        return {"values": values, **stacks, "rates": self.rates, "seconds": self.seconds, "waited": self.waited}
-
-    def load_state_dict(self, state: dict, device: torch.device) -> None:
-        columns = [column.to(device) for column in state["values"].values()]
-        self.values = [dict(zip(state["values"], step)) for step in zip(*columns)]
-        self.rows, self.cosines = (list(state[name].to(device)) if name in state else [] for name in ("rows", "cosines"))
-        self.rates, self.seconds, self.waited = (state[name] for name in ("rates", "seconds", "waited"))
-
 # %% ../nbs/50_training.ipynb #019
 def peak_memory_mb(device: torch.device) -> float:
     "Peak memory: of the GPU where there is one, otherwise of this process since it began (MB)."
@@ -302,36 +291,39 @@ class Trainer:
         self.epoch, self.best, self.best_epoch, self.steps = 0, math.inf, -1, StepLog()
         self.kept, self.saved = NO_CHECKPOINT, time.perf_counter()
 
-    def fit(self, resume: bool = False) -> pd.DataFrame:
-        """Train to the last epoch, or until validation stops improving; returns the history. The network ends with the weights that were kept.
+# %% ../nbs/50_training.ipynb #96a81fa4
+@patch
+def fit(self: Trainer, resume: bool = False) -> pd.DataFrame:
+    """Train to the last epoch, or until validation stops improving; returns the history. The network ends with the weights that were kept.
 
-        `resume` goes on from the folder's checkpoint where there is one, and else says that there is none."""
-        main = self.accelerator.is_main_process
-        with held(self.folder) if main else nullcontext(), advised(self):
-            if main: clear_parts(self.folder)
-            self.steps, self.saved = StepLog(), time.perf_counter()
-            if resume: load_checkpoint(self)
-            if self.settings.tensorboard: self.accelerator.init_trackers("tensorboard")
-            done = self.epoch * len(self.loader) + len(self.steps)
-            with tqdm(total=self.settings.epochs * len(self.loader), initial=done, desc="training", unit="step", disable=not main) as bar:
-                while self.epoch < self.settings.epochs and not self.stale:
-                    end_epoch(self, train_epoch(self, bar), bar)
-                    for callback in self.callbacks: callback(self)
-        self.accelerator.wait_for_everyone()                       # until the first process has written the model
-        self.accelerator.end_training()
-        self.net.load_state_dict(load_file(self.folder / "model.safetensors"))
-        return pd.concat(self.log.history, ignore_index=True)
+    `resume` goes on from the folder's checkpoint where there is one, and else says that there is none."""
+    main = self.accelerator.is_main_process
+    with held(self.folder) if main else nullcontext(), advised(self):
+        if main: clear_parts(self.folder)
+        self.steps, self.saved = StepLog(), time.perf_counter()
+        if resume: load_checkpoint(self)
+        if self.settings.tensorboard: self.accelerator.init_trackers("tensorboard")
+        done = self.epoch * len(self.loader) + len(self.steps)
+        with tqdm(total=self.settings.epochs * len(self.loader), initial=done, desc="training", unit="step", disable=not main) as bar:
+            while self.epoch < self.settings.epochs and not self.stale:
+                end_epoch(self, train_epoch(self, bar), bar)
+                for callback in self.callbacks: callback(self)
+    self.accelerator.wait_for_everyone()                       # until the first process has written the model
+    self.accelerator.end_training()
+    self.net.load_state_dict(load_file(self.folder / "model.safetensors"))
+    return pd.concat(self.log.history, ignore_index=True)
 
-    @property
-    def due(self) -> bool:
-        "Whether the checkpoint is old enough to be replaced before the epoch ends; several processes meet at its end only."
-        old = time.perf_counter() - self.saved >= self.settings.checkpoint_seconds
-        return old and len(self.steps) < len(self.loader) and self.accelerator.num_processes == 1
+# %% ../nbs/50_training.ipynb #1f9ca62f
+@patch(as_prop=True)
+def due(self: Trainer) -> bool:
+    "Whether the checkpoint is old enough to be replaced before the epoch ends; several processes meet at its end only."
+    old = time.perf_counter() - self.saved >= self.settings.checkpoint_seconds
+    return old and len(self.steps) < len(self.loader) and self.accelerator.num_processes == 1
 
-    @property
-    def stale(self) -> bool:
-        "Whether validation has not improved for `patience` epochs."
-        return 0 < self.settings.patience <= self.epoch - 1 - self.best_epoch
+@patch(as_prop=True)
+def stale(self: Trainer) -> bool:
+    "Whether validation has not improved for `patience` epochs."
+    return 0 < self.settings.patience <= self.epoch - 1 - self.best_epoch
 
 # %% ../nbs/50_training.ipynb #030
 def train_epoch(t: Trainer, bar: tqdm) -> dict[str, float]:
