@@ -35,7 +35,7 @@ from .runs import check_split, load_data, make_rlar, open_source
 from .tirads import Scale
 
 # %% ../nbs/68_compare.ipynb #008
-PER_FOLD = ("fold", "out_dir", "resume", "device", "num_workers", "tensorboard")
+PER_FOLD = ("fold", "out_dir", "resume", "device", "num_workers", "tensorboard", "checkpoint_seconds")
 
 def _run_tables(folders: Sequence[str | Path], name: str) -> list[pd.DataFrame]:
     "The tables of one name in all finished runs on a fold below each folder in turn, with columns settings, objective, network, scale, fold, run."

@@ -4,22 +4,27 @@
 
 # %% auto #0
 __all__ = ['MAX_TEXT', 'MAX_CELLS', 'DataError', 'project_root', 'resolve', 'shared_data', 'cache_folder', 'inside',
-           'fingerprint', 'digest', 'code_digest', 'write_whole', 'write_text', 'remove', 'check_size', 'read_whole',
-           'read_json', 'read_parquet', 'no_formula']
+           'fingerprint', 'digest', 'code_digest', 'write_whole', 'write_text', 'remove', 'hold', 'release', 'held',
+           'check_size', 'read_whole', 'read_json', 'read_parquet', 'no_formula']
 
 # %% ../nbs/03_files.ipynb #003
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TextIO
 
 # %% ../nbs/03_files.ipynb #006
 class DataError(ValueError):
@@ -102,9 +107,22 @@ def code_digest(*modules: str) -> str:
     sources = [digest(find_spec(f"thyroid_rlar.{name}").origin) for name in modules]
     return fingerprint("".join(sources).encode())[:16]
 
+# %% ../nbs/03_files.ipynb #a297be38
+_HELD: dict[Path, tuple] = {}      # folders that this process keeps: the open lock, and which folder it was
+
+def _which(folder: Path) -> tuple[int, int] | None:
+    with suppress(OSError): return (found := folder.stat()).st_dev, found.st_ino
+
+def _check_held(path: Path) -> None:
+    "DataError when the folder that this process holds, and `path` lies in, is no longer there: the disk beneath it must not be written instead."
+    for folder, (_, which) in _HELD.items():
+        if path.resolve().is_relative_to(folder) and _which(folder) != which:
+            raise DataError(folder, "folder", "none, or another one in its place, while it was in use", "its disk or network share back in place")
+
 # %% ../nbs/03_files.ipynb #020
 _ADVICE = {errno.ENOSPC: "free space on this disk", errno.EDQUOT: "free space within your quota",
            errno.EROFS: "a folder that can be written", errno.EACCES: "permission to write here", errno.ENOTDIR: "a folder", errno.EEXIST: "a folder"}
+_ADVICE |= dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.ENXIO), "its disk or network share back in place")
 
 def write_whole(
     path: str | os.PathLike,         # its folder is made when missing
@@ -112,18 +130,28 @@ def write_whole(
 ) -> Path:
     "Let `write` fill a file beside `path`, then move it into place. DataError when it cannot be written; what was there before stays."
     path = Path(path)
+    _check_held(path)
     part = path.with_name(f".part-{uuid.uuid4().hex[:8]}-{path.name}")  # the ending stays: some writers look at it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         with open(part, "rb+") as file: os.fsync(file.fileno())        # on the disk before it takes the old one's place
         os.replace(part, path)
+        _sync_folder(path.parent)
     except BaseException as error:
         number = _errno(error, path)                                   # before the part goes: it may be what fills the disk
         with suppress(OSError): part.unlink()
         if number is None: raise
         raise DataError(path, "writing", os.strerror(number), _ADVICE.get(number, "a file that can be written")) from error
     return path
+
+# %% ../nbs/03_files.ipynb #f8401018
+def _sync_folder(folder: Path) -> None:
+    "The file's new name on the disk, too, where the system can do that."
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try: os.fsync(number)
+        finally: os.close(number)
 
 def _errno(error: BaseException, path: Path) -> int | None:
     "The system's error number behind an exception; libraries name it in their message only, or (NumPy, torch) say that less was written than asked."
@@ -141,6 +169,59 @@ def remove(path: str | os.PathLike) -> None:
     "Delete a file; DataError when that is not allowed."
     try: Path(path).unlink()
     except OSError as error: raise DataError(path, "removing", error.strerror, _ADVICE.get(error.errno, "a file that can be removed")) from error
+
+# %% ../nbs/03_files.ipynb #06a02da3
+def hold(folder: str | os.PathLike) -> None:
+    "Keep a folder, made if needed, for this process until `release` or its end. DataError saying who holds it, or why it cannot be written."
+    folder = Path(folder).resolve()
+    if folder in _HELD and _HELD[folder][1] == _which(folder): return
+    release(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a+", encoding="utf-8")
+        if ours := _lock(lock, folder):
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}")
+            lock.flush()
+    except OSError as error:
+        raise DataError(folder, "writing", error.strerror, _ADVICE.get(error.errno, "a folder that can be written")) from error
+    _HELD[folder] = lock if ours else None, _which(folder)
+
+# %% ../nbs/03_files.ipynb #31c6b269
+def _lock(lock: TextIO, folder: Path) -> bool:
+    "Whether the lock is now this process's own; else it is its parent's, which started several to do its work. DataError when it is somebody else's."
+    try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        who = lock.read() or "another process"
+        lock.close()
+        if "WORLD_SIZE" in os.environ and who.startswith(f"process {os.getppid()} on {socket.gethostname()},"): return False
+        raise DataError(folder, "lock", f"it held by {who}", "no other run in this folder: wait for that one, stop it (in JupyterLab: "
+                        "shut its kernel down), or choose another folder") from None
+    except OSError as error:
+        warnings.warn(f"{folder}: this file system has no locks ({error.strerror}), so nothing keeps a second run out", stacklevel=3)
+    return True
+
+def release(folder: str | os.PathLike) -> None:
+    "Let a folder that `hold` keeps go; nothing if it is not kept."
+    lock, _ = _HELD.pop(Path(folder).resolve(), (None, None))
+    if lock is None: return
+    with suppress(OSError), lock: lock.truncate(0)
+
+@contextmanager
+def held(folder: str | os.PathLike) -> Iterator[None]:
+    "Inside, this process keeps the folder; it goes on keeping one that it held before."
+    ours = Path(folder).resolve() in _HELD
+    hold(folder)
+    try: yield
+    finally:
+        if not ours: release(folder)
+
+def _forget() -> None:              # in a forked child (a loader's worker): else it would keep the lock of a parent that was killed
+    for lock in filter(None, (lock for lock, _ in _HELD.values())): lock.close()
+    _HELD.clear()
+
+os.register_at_fork(after_in_child=_forget)
 
 # %% ../nbs/03_files.ipynb #274b74ff
 MAX_TEXT = 32_000_000       # bytes of a JSON file

@@ -267,10 +267,10 @@ class NoduleData(Dataset):
 
 # %% ../nbs/20_loader.ipynb #032
 class EpochSampler(Sampler):
-    "Keys (epoch, row, draw) in an order fixed by (seed, epoch); rare grades drawn more often by `balance`."
+    "Keys (epoch, row, draw) in an order fixed by (seed, epoch), but for the first `skip`; rare grades drawn more often by `balance`."
     def __init__(self, rows: np.ndarray, grades: np.ndarray, balance: float = 0.5, seed: int = 0):
         if not 0 <= balance <= 1: raise ValueError(f"balance: found {balance}, expected 0 to 1")
-        self.rows, self.seed, self.balance, self.epoch = np.asarray(rows), seed, balance, 0
+        self.rows, self.seed, self.balance, self.epoch, self.skip = np.asarray(rows), seed, balance, 0, 0
         _, stratum, count = np.unique(grades[self.rows], return_inverse=True, return_counts=True)
         weights = count[stratum] ** -float(balance)
         self.expected = weights / weights.sum() * len(self.rows)     # how often an epoch should show each row
@@ -285,7 +285,7 @@ class EpochSampler(Sampler):
         shown = rng.permutation(np.repeat(order, ticks.astype(int)))
         shown = np.resize(shown, len(self.rows))                     # rounding can lose or gain one
         draws = pd.Series(shown).groupby(shown).cumcount()
-        return iter([(self.epoch, int(self.rows[i]), int(k)) for i, k in zip(shown, draws)])
+        return iter([(self.epoch, int(self.rows[i]), int(k)) for i, k in zip(shown, draws)][self.skip:])
 
 # %% ../nbs/20_loader.ipynb #035
 def train_loader(data: NoduleData, sampler: EpochSampler, batch_size: int = 8, num_workers: int = 0) -> DataLoader:

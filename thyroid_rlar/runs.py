@@ -27,7 +27,7 @@ import torch
 # %% ../nbs/55_runs.ipynb #005
 from .ddti import read_ddti
 from .evaluation import write_json
-from .files import DataError, code_digest, digest, inside, read_json, read_whole, remove, resolve, write_text, write_whole
+from .files import DataError, code_digest, digest, held, hold, inside, read_json, read_whole, remove, resolve, write_text, write_whole
 from .folder import read_folder
 from .leakage import check_scaler, check_split_leaks
 from .loader import MISSING_GRADE, NoduleData, Prepared, Split, make_split, prepare
@@ -41,6 +41,7 @@ from .records import Manifest, left_out_table
 from .report import versions
 from .rlar import FORMS, MODES, RLAR, WHERE
 from .steering import PLACES, RAMPS
+from .survival import CHECKPOINT
 from .training import DEVICES, PRECISIONS, SCHEDULES, FitSettings, Trainer
 
 # %% ../nbs/55_runs.ipynb #08c4ffd2
@@ -94,7 +95,8 @@ class RunSettings(MethodSettings):
     precision: str = "fp32"
     num_workers: int = 0
     tensorboard: bool = False
-    resume: bool = False               # go on from the run folder's checkpoint
+    checkpoint_seconds: float = 600.0  # the age at which a checkpoint is replaced within an epoch, too
+    resume: bool = False               # go on from the run folder's checkpoint, or begin where there is none
 
 # %% ../nbs/55_runs.ipynb #010
 CHOICES = {
@@ -108,6 +110,7 @@ RANGES = {
     "risk_weight": (0, 1e3), "evidence_weight": (0, 1e3),
     "epochs": (1, 1e5), "batch_size": (1, 4096), "learning_rate": (1e-8, 10), "patience": (0, 1e5), "balance": (0, 1), "folds": (2, 100),
     "seed": (0, 2**31), "grade_noise": (0, 1), "contour_noise": (0, 1), "num_workers": (0, 256),
+    "checkpoint_seconds": (0, 1e6),
 }
 
 class ParameterError(ValueError):
@@ -231,8 +234,8 @@ def from_notebook(variables: Mapping[str, object], before: Mapping[str, object])
 # %% ../nbs/55_runs.ipynb #016
 PACKAGES = ("torch", "timm", "accelerate", "monai", "pyradiomics-bhklab", "numpy", "pandas", "scikit-learn")
 
-OUTPUTS = ("split.parquet", "history.parquet", "nodules.parquet", "predictions.parquet", "metrics.json", "report.html", "model.json",
-           "model.safetensors", "fresh_head.parquet", "checkpoint/state.pt", "latents/*.npz")
+OUTPUTS = (str(CHECKPOINT), "split.parquet", "history.parquet", "nodules.parquet", "predictions.parquet", "metrics.json", "report.html", "model.json",
+           "model.safetensors", "fresh_head.parquet", "latents/*.npz")        # the checkpoint first: what goes on from it needs all the others
 
 def recorded_settings(folder: str | Path) -> RunSettings:
     "The parameters of the run in a folder. Raises ParameterError naming its params.json when this version does not know them."
@@ -244,13 +247,12 @@ def recorded_settings(folder: str | Path) -> RunSettings:
 def changed_parameters(s: RunSettings, folder: Path) -> list[str]:
     "How the parameters differ from those of the run in the folder, leaving out what changes no result."
     before, now = asdict(recorded_settings(folder)), asdict(s)
-    free = ("resume", "out_dir", "device", "num_workers", "tensorboard")
+    free = ("resume", "out_dir", "device", "num_workers", "tensorboard", "checkpoint_seconds")
     return [f"{k} (was {before[k]!r}, now {v!r})" for k, v in now.items() if k not in free and before[k] != v]
 
 def _check_folder(s: RunSettings, folder: Path) -> None:
     "Raise ParameterError when this run would go on with another one's weights, which may have seen the images to report, or overwrite it."
     if not (folder / "params.json").is_file():
-        if s.resume: raise ParameterError(f"resume: no params.json in {folder}, so there is no run to go on with")
         if found := [path.name for pattern in OUTPUTS for path in folder.glob(pattern)]:
             raise ParameterError(f"out_dir: {folder} holds {found[0]} but no params.json, so it is no run's folder; expected another")
     elif changed := changed_parameters(s, folder):
@@ -263,15 +265,16 @@ def folder_of(s: RunSettings) -> Path:
     return resolve(s.out_dir or f"runs/{s.source}-{s.objective}-f{s.fold}-s{s.seed}")
 
 def run_folder(s: RunSettings) -> Path:
-    "The run's folder, made if needed, what lies there untouched. ParameterError when another run's does, DataError when it cannot be written."
+    "The run's folder, made if needed and kept by `hold`, its content untouched. ParameterError when it is another run's, DataError when in use."
     folder = folder_of(s)
     _check_folder(s, folder)
     remove(write_text(folder / ".can-be-written", ""))      # said now, and not after the data have been measured
+    if os.environ.get("RANK", "0") == "0": hold(folder)     # the first of several processes keeps it for all
     return folder
 
 def _begin(s: RunSettings, folder: Path, split: pd.DataFrame | None) -> None:
-    "Write params.json; a run that starts anew first removes what the same run left, and writes its split. One that resumes has it already: None."
-    if not s.resume:
+    "Write params.json; a run that starts anew first removes what the same run left, and writes its split. One that goes on has it already: None."
+    if split is not None:
         for path in [p for pattern in OUTPUTS for p in folder.glob(pattern)]: remove(path)
     found = versions(PACKAGES)
     write_json(folder / "params.json", {
@@ -286,7 +289,7 @@ def set_aside(values: Mapping[str, object]) -> None:
     try: _check_folder(s, folder)
     except (ParameterError, DataError) as error:
         if s.resume: raise
-        old = folder.rename(f"{folder}.old-{datetime.now():%Y%m%d-%H%M%S}")
+        with held(folder): old = folder.rename(f"{folder}.old-{datetime.now():%Y%m%d-%H%M%S}")      # never that of a run at work
         print(f"{error}.\nSo the earlier run is now in {old}, with nothing of it lost, and this one takes its place.")
 
 # %% ../nbs/55_runs.ipynb #018
@@ -387,21 +390,23 @@ def check_split(run: RunData, folder: Path) -> None:
 
 # %% ../nbs/55_runs.ipynb #026
 def make_trainer(s: RunSettings, run: RunData, folder: Path, callbacks: Sequence = ()) -> Trainer:
-    "A trainer ready to fit, by the seed alone; its folder holds params.json, split.parquet and, unless it resumes, nothing of an earlier run."
+    "A trainer ready to fit, by the seed alone; its folder holds params.json, split.parquet and, unless it goes on, nothing of an earlier run."
     torch.manual_seed(s.seed)
     scale = run.manifest.scale
     net = MultitaskNet(NetworkSettings(grades=len(scale), evidence=len(EVIDENCE) if s.evidence_weight else 0, network=s.network, encoder=s.encoder,
                                        stride=s.stride, ordinal=s.ordinal, rotate=s.objective == "rotograd", freeze_norm=s.freeze_norm), s.pretrained)
     objective = run_objective(s)
     fit = FitSettings(epochs=s.epochs, batch_size=s.batch_size, learning_rate=s.learning_rate, schedule=s.schedule, patience=s.patience,
-                      balance=s.balance, seed=s.seed, device=s.device, precision=s.precision, num_workers=s.num_workers, tensorboard=s.tensorboard)
+                      balance=s.balance, seed=s.seed, device=s.device, precision=s.precision, num_workers=s.num_workers, tensorboard=s.tensorboard,
+                      checkpoint_seconds=s.checkpoint_seconds)
     info = {"scale": scale.name, "image_size": list(s.image_size), "evidence": [item.name for item in EVIDENCE], "scaler": run.scaler.to_dict(),
             "objective": s.objective, "tasks": trained_tasks(objective, run)}
-    if s.resume: check_split(run, folder)
+    goes_on = s.resume and (folder / CHECKPOINT).is_file()      # else it was killed before its first checkpoint, or is new
+    if goes_on: check_split(run, folder)
     check_split_leaks(run.data.prepared, run.split)
     check_scaler(run.scaler, run.measured[[item.name for item in EVIDENCE]].to_numpy(float), run.split)
     trainer = Trainer(net, objective, run.data, run.split, fit, folder, make_rlar(s), callbacks, info)
     if trainer.accelerator.is_main_process:     # last: whatever fails before leaves an earlier run whole
-        _begin(s, folder, None if s.resume else split_table(run))
+        with held(folder): _begin(s, folder, None if goes_on else split_table(run))
     trainer.accelerator.wait_for_everyone()
     return trainer

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'SCHEDULES', 'DEVICES', 'QUANTILES', 'FitSettings', 'make_optimizer', 'make_schedule',
-           'average_gradients', 'average_buffers', 'train_step', 'TrainingStopped', 'StepLog', 'check_finite',
-           'stop_together', 'peak_memory_mb', 'epoch_row', 'Averaged', 'RunLog', 'Watch', 'make_accelerator', 'Trainer',
-           'train_epoch', 'end_epoch', 'save_checkpoint', 'load_checkpoint']
+           'average_gradients', 'average_buffers', 'train_step', 'StepLog', 'peak_memory_mb', 'epoch_row', 'Averaged',
+           'RunLog', 'Watch', 'make_accelerator', 'Trainer', 'train_epoch', 'checked_steps', 'end_epoch']
 
 # %% ../nbs/50_training.ipynb #003
 import copy
@@ -17,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -28,17 +28,30 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, DistributedType, set_seed
+from fastcore.basics import patch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 # %% ../nbs/50_training.ipynb #005
-from .files import read_whole, write_whole
+from .files import held, read_whole, write_whole
 from .instruments import measure, strength
 from .loader import EpochSampler, NoduleData, Split, eval_loader, train_loader
 from .network import MultitaskNet, save_model
 from .objectives import Objective, StepContext, StepReport, check_processes
 from .rlar import RLAR
+from thyroid_rlar.survival import (
+    NO_CHECKPOINT,
+    TrainingStopped,
+    advised,
+    check_exploded,
+    check_finite,
+    clear_parts,
+    load_checkpoint,
+    save_checkpoint,
+    stop_together,
+    warn_of_flat_tasks,
+)
 
 # %% ../nbs/50_training.ipynb #008
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -62,12 +75,14 @@ class FitSettings:
     precision: str = "fp32"         # `bf16` and `fp16` (with its loss scaler) are mixed
     num_workers: int = 0
     latent_every: int = 5           # epochs between stored latents and measured strengths
+    checkpoint_seconds: float = 600 # the age at which a checkpoint is replaced within an epoch, too, on one process
     tensorboard: bool = False
 
     def __post_init__(self):
         for name, allowed in (("precision", PRECISIONS), ("schedule", SCHEDULES), ("device", DEVICES)):
             if getattr(self, name) not in allowed: raise ValueError(f"{name}: found {getattr(self, name)!r}, expected one of {allowed}")
-        for name, low in (("epochs", 1), ("batch_size", 1), ("patience", 0), ("num_workers", 0), ("latent_every", 1)):
+        for name, low in (("epochs", 1), ("batch_size", 1), ("patience", 0), ("num_workers", 0), ("latent_every", 1),
+                          ("checkpoint_seconds", 0)):
             if getattr(self, name) < low: raise ValueError(f"{name}: found {getattr(self, name)}, expected at least {low}")
 
 # %% ../nbs/50_training.ipynb #011
@@ -119,24 +134,26 @@ def train_step(net, objective: Objective, batch: dict[str, Tensor], optimizer, a
 # %% ../nbs/50_training.ipynb #017
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)                      # of the batch's cosines, that are kept
 
-class TrainingStopped(RuntimeError):
-    "Training cannot go on; the message says why, and where the last good state is."
-
 @dataclass
 class StepLog:
-    "What the steps of one epoch reported."
+    "What the steps of one epoch reported, so far."
     values: list[dict[str, Tensor]] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
     cosines: list[Tensor] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    waited: float = 0.0             # of these, for batches
 
-    def add(self, report: StepReport, norm: Tensor, batch: dict[str, Tensor]) -> None:
+    def __len__(self) -> int: return len(self.rows)
+
+    def add(self, report: StepReport, norm: Tensor, batch: dict[str, Tensor], rate: float) -> None:
         values = {f"loss_{t}": v for t, v in report.means.items()} | {"grad_norm": norm}
         if report.weight is not None: values["rlar_weight"] = report.weight
         if report.alignment is not None:
             values |= {"penalty": report.alignment.penalty, "vanished": report.alignment.vanished.sum()}
             self.cosines.append(report.alignment.cosine.float())
         values |= {f"weight_{t}": w for t, w in (report.task_weights or {}).items()}
-        self.values.append(values); self.rows.append(batch["index"])
+        self.values.append(values); self.rows.append(batch["index"]); self.rates.append(rate)
 
     def collect(self) -> pd.DataFrame:
         "One row per step."
@@ -146,30 +163,6 @@ class StepLog:
         if not self.cosines: return table
         cosines = pd.DataFrame(torch.stack(self.cosines).cpu().numpy())
         return table.assign(**{f"cos_q{round(100 * q):02d}": cosines.quantile(q, axis=1) for q in QUANTILES})
-
-# %% ../nbs/50_training.ipynb #018
-def check_finite(steps: pd.DataFrame, log: StepLog, epoch: int, image_ids: list[str], scaled: bool = False) -> None:
-    "Raise TrainingStopped when a step's losses, penalty or gradient were not finite, naming the step and its images."
-    names = [c for c in steps if c.startswith("loss_") or c == "penalty" or c == "grad_norm" and not scaled]  # fp16's scaler skips those
-    values = steps[names].to_numpy()
-    bad = np.flatnonzero(~np.isfinite(values).all(1))
-    if len(bad):
-        ids = [image_ids[i] for i in log.rows[bad[0]].tolist()]
-        found = ", ".join(f"{name} {value:.3g}" for name, value in zip(names, values[bad[0]]) if not np.isfinite(value))
-        raise TrainingStopped(f"epoch {epoch}, step {bad[0]}: {found} on images {ids}; a lower learning_rate is the usual cure. {_kept(epoch)}")
-
-def _kept(epoch: int) -> str:
-    return f"The checkpoint of epoch {epoch - 1} is kept." if epoch else "No epoch was finished, so there is no checkpoint."
-
-def stop_together(check: Callable[[], None], accelerator: Accelerator) -> None:
-    "Run a check; where one process must stop, all do, instead of waiting for it for ever."
-    error = None
-    try: check()
-    except TrainingStopped as stop: error = stop
-    if accelerator.num_processes > 1:
-        stopped = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device), "sum")
-        if stopped and error is None: error = TrainingStopped("another process found losses or gradients that are not finite; its message says where")
-    if error is not None: raise error
 
 # %% ../nbs/50_training.ipynb #019
 def peak_memory_mb(device: torch.device) -> float:
@@ -224,6 +217,8 @@ class RunLog:
 
     def load(self, epochs: int) -> None:
         "Read the tables back, up to the epoch that the checkpoint stands at: a run killed while writing may be one ahead."
+        self.history, self.nodules = [], []
+        if not epochs: return                                     # stopped within the first epoch, before there were tables
         tables = (read_whole(self.folder / f"{n}.parquet", pd.read_parquet) for n in ("history", "nodules"))
         self.history, self.nodules = ([t[t.epoch < epochs]] for t in tables)
 
@@ -302,50 +297,77 @@ class Trainer:
         self.schedule = make_schedule(self.optimizer.optimizer, s, len(self.loader) * s.epochs)
         self.log = RunLog(self.folder, list(data.prepared.manifest.rows.image_id))
         self.watch = Watch(data, split, rlar or getattr(objective, "rlar", RLAR(weight=0.0)), objective.weights, self.accelerator.device, s.seed)
-        self.epoch, self.best, self.best_epoch = 0, math.inf, -1
+        self.epoch, self.best, self.best_epoch, self.steps = 0, math.inf, -1, StepLog()
+        self.kept, self.saved = NO_CHECKPOINT, time.perf_counter()
 
-    def fit(self, resume: bool = False) -> pd.DataFrame:
-        "Train to the last epoch, or until validation stops improving; returns the history. The network ends with the weights that were kept."
+# %% ../nbs/50_training.ipynb #96a81fa4
+@patch
+def fit(self: Trainer, resume: bool = False) -> pd.DataFrame:
+    """Train to the last epoch, or until validation stops improving; returns the history. The network ends with the weights that were kept.
+
+    `resume` goes on from the folder's checkpoint where there is one, and else says that there is none."""
+    main = self.accelerator.is_main_process
+    with held(self.folder) if main else nullcontext(), advised(self):
+        if main: clear_parts(self.folder)
+        self.steps, self.saved = StepLog(), time.perf_counter()
         if resume: load_checkpoint(self)
         if self.settings.tensorboard: self.accelerator.init_trackers("tensorboard")
-        with tqdm(total=self.settings.epochs * len(self.loader), initial=self.epoch * len(self.loader), desc="training", unit="step",
-                  disable=not self.accelerator.is_main_process) as bar:
+        done = self.epoch * len(self.loader) + len(self.steps)
+        with tqdm(total=self.settings.epochs * len(self.loader), initial=done, desc="training", unit="step", disable=not main) as bar:
             while self.epoch < self.settings.epochs and not self.stale:
                 end_epoch(self, train_epoch(self, bar), bar)
                 for callback in self.callbacks: callback(self)
-        self.accelerator.wait_for_everyone()                       # until the first process has written the model
-        self.accelerator.end_training()
-        self.net.load_state_dict(load_file(self.folder / "model.safetensors"))
-        return pd.concat(self.log.history, ignore_index=True)
+    self.accelerator.wait_for_everyone()                       # until the first process has written the model
+    self.accelerator.end_training()
+    self.net.load_state_dict(load_file(self.folder / "model.safetensors"))
+    return pd.concat(self.log.history, ignore_index=True)
 
-    @property
-    def stale(self) -> bool:
-        "Whether validation has not improved for `patience` epochs."
-        return 0 < self.settings.patience <= self.epoch - 1 - self.best_epoch
+# %% ../nbs/50_training.ipynb #1f9ca62f
+@patch(as_prop=True)
+def due(self: Trainer) -> bool:
+    "Whether the checkpoint is old enough to be replaced before the epoch ends; several processes meet at its end only."
+    old = time.perf_counter() - self.saved >= self.settings.checkpoint_seconds
+    return old and len(self.steps) < len(self.loader) and self.accelerator.num_processes == 1
+
+@patch(as_prop=True)
+def stale(self: Trainer) -> bool:
+    "Whether validation has not improved for `patience` epochs."
+    return 0 < self.settings.patience <= self.epoch - 1 - self.best_epoch
 
 # %% ../nbs/50_training.ipynb #030
 def train_epoch(t: Trainer, bar: tqdm) -> dict[str, float]:
-    "One pass over the loader; returns its seconds and the share of them spent waiting for batches. Raises TrainingStopped on what is not finite."
+    "One pass over the loader, or the rest of one; returns its seconds and the share of them spent waiting for batches. May raise TrainingStopped."
     t.net.train()
-    t.sampler.epoch, log, rates, start = t.epoch, StepLog(), [], time.perf_counter()
-    waited, asked = 0.0, start
+    log, start = t.steps, time.perf_counter() - t.steps.seconds
+    t.sampler.epoch, t.sampler.skip = t.epoch, len(log) * t.settings.batch_size * t.accelerator.num_processes
+    asked = time.perf_counter()
     for batch in t.loader:
-        waited += time.perf_counter() - asked
-        t.objective.progress = (t.epoch + len(rates) / len(t.loader)) / t.settings.epochs
-        rates.append(t.schedule.get_last_lr()[0])
+        log.waited += time.perf_counter() - asked
+        t.objective.progress = (t.epoch + len(log) / len(t.loader)) / t.settings.epochs
+        rate = t.schedule.get_last_lr()[0]
         report, norm = train_step(t.net, t.objective, batch, t.optimizer, t.accelerator, t.settings.clip)
         t.schedule.step()
         t.average.update(t.net)
-        log.add(report, norm, batch)
+        log.add(report, norm, batch, rate)
         bar.update()
         asked = time.perf_counter()
-    steps = log.collect()
-    stop_together(lambda: check_finite(steps, log, t.epoch, t.log.image_ids, t.accelerator.scaler is not None), t.accelerator)
-    if not all(w.isfinite().all() for w in t.average.net.state_dict().values()):
-        raise TrainingStopped(f"epoch {t.epoch}: the weights are no longer finite after its last step. {_kept(t.epoch)}")
-    t.log.history.append(steps.assign(kind="step", split="train", epoch=t.epoch, step=np.arange(len(steps)), lr=rates))
+        log.seconds = asked - start
+        if t.due: checked_steps(t); save_checkpoint(t)
+    steps = checked_steps(t)
+    t.log.history.append(steps.assign(kind="step", split="train", epoch=t.epoch, step=np.arange(len(steps)), lr=log.rates))
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "loader_share": waited / seconds}
+    return {"seconds": seconds, "loader_share": log.waited / seconds}
+
+def checked_steps(t: Trainer) -> pd.DataFrame:
+    "A row for each step of the epoch so far. Raises TrainingStopped on what is not finite, and on a loss that exploded."
+    steps, first = t.steps.collect(), (t.log.history or [None])[0]
+    def check():
+        check_finite(steps, t, t.accelerator.scaler is not None)
+        check_exploded(steps, first[first.kind == "step"] if t.log.history else steps, t)
+    stop_together(check, t.accelerator)
+    if not all(w.isfinite().all() for w in t.average.net.state_dict().values()):
+        raise TrainingStopped(f"epoch {t.epoch}: the weights are no longer finite after step {len(steps) - 1}. {t.kept}")
+    return steps
 
 # %% ../nbs/50_training.ipynb #031
 def end_epoch(t: Trainer, timing: dict[str, float], bar: tqdm) -> None:
@@ -367,36 +389,13 @@ def end_epoch(t: Trainer, timing: dict[str, float], bar: tqdm) -> None:
     loss = float(sum(losses)) if losses else math.nan              # without any validation label: keep the last weights
     better, t.epoch = not s.patience or not losses or loss < t.best, t.epoch + 1
     if better: t.best, t.best_epoch = loss, t.epoch - 1
+    t.steps = StepLog()
     if t.accelerator.is_main_process:
         if better: save_model(net, t.folder, **t.model_info)
         if kept: t.log.save_latents(t.epoch - 1, nodules, z)
         t.log.save()
-        save_checkpoint(t)
+        warn_of_flat_tasks(t)
+    save_checkpoint(t)
     if s.tensorboard: t.accelerator.log({k: float(v) for k, v in row.items() if isinstance(v, Real) and np.isfinite(v)}, step=t.epoch)
     bar.set_postfix(seg=f"{row.loss_seg:.3f}", risk=f"{row.loss_risk:.3f}", evidence=f"{row.loss_evidence:.3f}", dice=f"{row.dice:.3f}",
                     cos=f"{row[f'cos_{t.watch.rlar.where}_mean']:+.3f}")
-
-# %% ../nbs/50_training.ipynb #033
-def save_checkpoint(t: Trainer) -> None:
-    "Write checkpoint/state.pt (tensors and plain values only, readable with weights_only)."
-    state = dict(net=t.net.state_dict(), average=t.average.net.state_dict(), count=t.average.count, optimizer=t.optimizer.state_dict(),
-                 schedule=t.schedule.state_dict(), scaler=t.accelerator.scaler.state_dict() if t.accelerator.scaler else {},
-                 epoch=t.epoch, best=t.best, best_epoch=t.best_epoch, torch_rng=torch.get_rng_state(),
-                 cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                 objective=t.objective.state_dict())
-    path = t.folder / "checkpoint" / "state.pt"
-    write_whole(path, lambda p: torch.save(state, p))
-
-def load_checkpoint(t: Trainer) -> None:
-    "Go on where the folder's checkpoint stands. Raises FileNotFoundError when there is none."
-    path = t.folder / "checkpoint" / "state.pt"
-    if not path.is_file(): raise FileNotFoundError(f"{path}: nothing to resume; run without `resume` first")
-    state = read_whole(path, lambda p: torch.load(p, map_location="cpu", weights_only=True))
-    for name, target in (("net", t.net), ("average", t.average.net), ("optimizer", t.optimizer), ("schedule", t.schedule)):
-        target.load_state_dict(state[name])
-    if t.accelerator.scaler: t.accelerator.scaler.load_state_dict(state["scaler"])
-    t.average.count, t.epoch, t.best, t.best_epoch = (state[k] for k in ("count", "epoch", "best", "best_epoch"))
-    torch.set_rng_state(state["torch_rng"])
-    if state["cuda_rng"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state["cuda_rng"])
-    t.objective.load_state_dict(state["objective"])
-    t.log.load(t.epoch)

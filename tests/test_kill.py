@@ -1,0 +1,188 @@
+"""A run that is killed, starved or cut off goes on where it was, or says what to do; its last checkpoint stays whole."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from thyroid_rlar.files import DataError, resolve
+from thyroid_rlar.folder import read_folder
+from thyroid_rlar.loader import NoduleData, make_split, prepare
+from thyroid_rlar.methods import Options, make_objective
+from thyroid_rlar.network import MultitaskNet, NetworkSettings
+from thyroid_rlar.runs import RunSettings, run_folder
+from thyroid_rlar.survival import CHECKPOINT, TrainingStopped
+from thyroid_rlar.training import FitSettings, Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMES = ["seconds", "loader_share", "peak_memory_mb"]
+
+
+# ---- killed ---------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> dict:
+    command = [sys.executable, ROOT / "tests/kill.py", tmp_path_factory.mktemp("kills"), "writes", "moments=20", "kernels=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_run_killed_in_each_of_its_writes_ends_as_one_that_was_not(killed):
+    files = {"params.json", "split.parquet", "history.parquet", "nodules.parquet", "latents/000.npz", "model.safetensors", "model.json",
+             str(CHECKPOINT), f"{CHECKPOINT} within an epoch", "predictions.parquet"}
+    assert files <= set(killed["writes"]["files"]) and killed["writes"]["kills"] == 3 * len(killed["writes"]["files"])
+    assert killed["writes"]["differences"] == []
+
+
+@pytest.mark.parametrize("how, kills", [("moments", 20), ("kernels", 2)])
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(killed, how, kills):
+    assert killed[how]["kills"] == kills and killed[how]["differences"] == {}
+
+
+# ---- one folder, one run --------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import os, sys, time
+from thyroid_rlar.files import hold
+hold(sys.argv[1])
+if not os.fork(): time.sleep(60)         # as a loader's worker, which outlives its parent for some seconds
+print("held", flush=True); time.sleep(60)
+"""
+
+
+def holder(folder: Path) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_run_in_one_folder_is_refused_and_told_who_has_it(tmp_path):
+    first = holder(tmp_path)
+    with pytest.raises(DataError, match=f"lock: found it held by process {first.pid} on .*, since 2.*expected no other run in this folder"):
+        run_folder(RunSettings(out_dir=str(tmp_path)))
+    os.killpg(first.pid, signal.SIGKILL)
+
+
+def test_a_lock_left_by_a_crash_is_taken_over(tmp_path):
+    first = holder(tmp_path)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert f"process {first.pid} on" in (tmp_path / ".lock").read_text()      # still there, and a child of the killed process still lives
+    try:
+        assert run_folder(RunSettings(out_dir=str(tmp_path))) == tmp_path
+        assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
+    finally: os.killpg(first.pid, signal.SIGKILL)
+
+
+# ---- what can be mended ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> NoduleData:
+    phantoms = read_folder(resolve("data/phantom"), verbose=False)
+    prepared = prepare(phantoms, (64, 96), tmp_path_factory.mktemp("cache"), n_jobs=1, progress=False)
+    return NoduleData(prepared, np.full((len(phantoms), 0), np.nan))
+
+
+def trainer(folder: Path, data: NoduleData, epochs: int = 2, **settings: object) -> Trainer:
+    torch.manual_seed(0)
+    net = MultitaskNet(NetworkSettings(grades=5, evidence=0, stride=8, width=32, embedding=16, encoder="mobilenetv3_small_050"), "none")
+    split = make_split(data.prepared.manifest, folds=2)
+    fit = FitSettings(**{"epochs": epochs, "batch_size": 4, "device": "cpu"} | settings)
+    return Trainer(net, make_objective("rlar", Options(strength=0.2)), data, split, fit, folder)
+
+
+def at_epoch(number: int, act) -> list:
+    return [lambda t: act(t) if t.epoch == number else None]
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> pd.DataFrame:
+    return trainer(tmp_path_factory.mktemp("whole"), data).fit()
+
+
+def goes_on(run: Trainer, whole: pd.DataFrame) -> bool: return run.fit(resume=True).drop(columns=TIMES).equals(whole.drop(columns=TIMES))
+
+
+@pytest.fixture
+def disk(tmp_path):
+    "A small disk of its own, mounted at two places: what is lost at one can still be looked at in the other."
+    places = [tmp_path / "disk", tmp_path / "elsewhere"]
+    for place in places: place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", places[0]], capture_output=True, text=True)
+    if done.returncode: pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
+    subprocess.run(["mount", "--bind", *places], check=True)
+    yield places
+    for place in places: subprocess.run(["umount", "-l", place], capture_output=True)
+
+
+def test_a_full_disk_stops_the_run_and_with_more_room_it_goes_on(disk, data, whole):
+    place, _ = disk
+    with pytest.raises(TrainingStopped, match="No space left on device, expected free space on this disk. The checkpoint of epoch 0 is kept. Once"):
+        trainer(place / "run", data).fit()
+    assert not list(place.rglob(".part-*"))
+    subprocess.run(["mount", "-o", "remount,size=60m", place], check=True)
+    assert goes_on(trainer(place / "run", data), whole)
+
+
+def test_a_lost_share_stops_the_run_and_nothing_is_written_beneath_it(disk, data, whole):
+    place, elsewhere = disk
+    subprocess.run(["mount", "-o", "remount,size=60m", place], check=True)
+    run = trainer(place, data)
+    run.callbacks = at_epoch(1, lambda t: subprocess.run(["umount", "-l", place], check=True))
+    with pytest.raises(TrainingStopped, match="expected its disk or network share back in place. The checkpoint of epoch 0 is kept"): run.fit()
+    assert not list(place.iterdir())
+    assert goes_on(trainer(elsewhere, data), whole)
+
+
+def test_a_step_that_runs_out_of_memory_says_what_to_lower(tmp_path, data, whole):
+    run = trainer(tmp_path, data)
+
+    def starve(t: Trainer) -> None: t.objective.backward = lambda *_: torch.empty(10**15)
+    run.callbacks = at_epoch(1, starve)
+    expected = "epoch 1, step 0: memory ran out on cpu .* with batch_size 4 and image_size 64x96. Lower batch_size first.* checkpoint of epoch 0"
+    with pytest.raises(TrainingStopped, match=expected): run.fit()
+    assert goes_on(trainer(tmp_path, data), whole)
+
+
+class Deadly(NoduleData):
+    def __getitem__(self, key): return os.kill(os.getpid(), signal.SIGKILL) if isinstance(key, tuple) and key[0] == 1 else super().__getitem__(key)
+
+
+def test_a_loader_process_that_dies_is_named(tmp_path, data, whole):
+    deadly = Deadly(data.prepared, data.evidence)
+    with pytest.raises(TrainingStopped, match=r"loader process died \(DataLoader worker \(pid.* found num_workers 1, expected fewer; 0 needs none"):
+        trainer(tmp_path, deadly, num_workers=1).fit()
+    assert goes_on(trainer(tmp_path, data), whole)
+
+
+def test_a_checkpoint_of_another_version_or_a_damaged_one_is_named(tmp_path, data):
+    path = tmp_path / CHECKPOINT
+    path.parent.mkdir()
+    for content, match in (({"epoch": 1}, "found no average, .*expected a checkpoint of this version"), (None, "expected a whole file")):
+        torch.save(content, path) if content else path.write_bytes(path.read_bytes()[:300])
+        with pytest.raises(DataError, match=match): trainer(tmp_path, data).fit(resume=True)
+
+
+# ---- stops by itself ------------------------------------------------------------------------------------------------------
+
+def test_a_loss_that_explodes_stops_the_run_before_it_is_kept(tmp_path, data):
+    run = trainer(tmp_path, data, epochs=4, learning_rate=10.0)
+    with pytest.raises(TrainingStopped, match=r"epoch (\d), step \d: loss_\w+ .* on images \['.*'\] is \d+ times what it was in the first steps"):
+        run.fit()
+    kept = torch.load(tmp_path / CHECKPOINT, weights_only=True)["epoch"] if (tmp_path / CHECKPOINT).exists() else 0
+    assert kept == run.epoch                # the epoch in which it exploded left no checkpoint
+
+
+def test_a_curve_that_is_flat_from_the_start_is_warned_of(tmp_path, data):
+    run = trainer(tmp_path, data, epochs=3, batch_size=1, learning_rate=1e-8)
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match=r"nothing was learned of .*(seg|risk) \(loss .* too low \(found 1e-08\)"):
+        warnings.filterwarnings("error", message="after 2 of 3 epochs")        # the rest need not be trained
+        run.fit()
