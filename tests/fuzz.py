@@ -35,15 +35,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from thyroid_rlar import benchmark, dial, folder, interference, latent, loader, network, opened, predictions, radiomics, readers, runs
+from thyroid_rlar import benchmark, dial, folder, interference, latent, loader, network, opened, parameters, predictions, radiomics, readers, runs
 from thyroid_rlar.calculator import calculation_html, calculation_of
 from thyroid_rlar.ddti import FLAGS, clean_regions, read_case, read_regions
 from thyroid_rlar.files import DataError, read_json, read_parquet, read_whole, write_text
 from thyroid_rlar.images import examine, fill_contours, read_gray, read_mask
 from thyroid_rlar.latent_figures import as_csv
+from thyroid_rlar.parameters import ParameterError, RunSettings
 from thyroid_rlar.radiomics import NAMES
 from thyroid_rlar.records import COLUMNS, Manifest
-from thyroid_rlar.runs import ParameterError, RunSettings
 from thyroid_rlar.tirads import DDTI, Scale
 from thyroid_rlar.training import TrainingStopped
 
@@ -251,7 +251,7 @@ def read_rows(data: bytes) -> None:
 PARAMETERS = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(RunSettings()).items()}
 
 
-def read_parameters(data: bytes) -> None: runs.check_parameters(json.loads(data))
+def read_parameters(data: bytes) -> None: parameters.check_parameters(json.loads(data))
 
 
 def run_dir() -> Path:
@@ -270,9 +270,9 @@ OTHERS = {
                                                           batch_size=8, out_dir="x")),
     "dial": (dial.check_dial, lambda: dict(dials="-1,0,1", seeds="0,1", objectives="sum,rlar", epochs=6, phantom_images=480, image_size="64x96",
                                            out_dir="x")),
-    "compare": (lambda v: runs.typed_parameters(v, {"runs_dir": "", "baseline": None, "out_dir": None, "fresh_heads": False, "keep": None}),
+    "compare": (lambda v: parameters.typed_parameters(v, {"runs_dir": "", "baseline": None, "out_dir": None, "fresh_heads": False, "keep": None}),
                 lambda: dict(runs_dir="a,b", baseline="sum", out_dir=None, fresh_heads=False, keep=None)),
-    "size": (lambda v: runs.read_size(v["size"]) if isinstance(v, dict) and "size" in v else None, lambda: dict(size=[160, "224"])),
+    "size": (lambda v: parameters.read_size(v["size"]) if isinstance(v, dict) and "size" in v else None, lambda: dict(size=[160, "224"])),
 }
 
 

@@ -26,7 +26,7 @@ import pandas as pd
 import papermill
 import torch
 
-from thyroid_rlar import runs
+from thyroid_rlar import parameters, runs
 from thyroid_rlar.survival import CHECKPOINT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,7 +126,7 @@ def prepare() -> None:
     torch.set_num_threads(1)
     os.environ |= {"OMP_NUM_THREADS": "1", "JUPYTER_PREFER_ENV_PATH": "1"}     # of the kernels
     exec("\n".join(cells()[:2]), {})
-    settings = runs.check_parameters(PARAMETERS)
+    settings = parameters.check_parameters(PARAMETERS)
     data = runs.load_data(settings, runs.open_source(settings, progress=False), progress=False)
     runs.load_data = lambda *_: data
 

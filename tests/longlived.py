@@ -30,7 +30,8 @@ def reading() -> dict[str, float]:
 
 def training(folder: Path, epochs: int, readings: list[dict]) -> None:
     "A run on small phantoms, read after each epoch."
-    from thyroid_rlar.runs import check_parameters, load_data, make_trainer, open_source, run_folder
+    from thyroid_rlar.parameters import check_parameters
+    from thyroid_rlar.runs import load_data, make_trainer, open_source, run_folder
     s = check_parameters(dict(source="phantom", phantom_images=48, image_size="64x96", epochs=epochs, out_dir=str(folder), folds=3, device="cpu"))
     start = time.perf_counter()
     def read(trainer) -> None:

@@ -8,7 +8,8 @@ from playwright.sync_api import Locator
 from test_runs import papermill
 
 from thyroid_rlar.opened import open_run
-from thyroid_rlar.runs import check_parameters, load_data, make_trainer, open_source, run_folder
+from thyroid_rlar.parameters import check_parameters
+from thyroid_rlar.runs import load_data, make_trainer, open_source, run_folder
 
 
 @pytest.fixture(scope="module")

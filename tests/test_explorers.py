@@ -11,7 +11,8 @@ from thyroid_rlar.latent import SKIPS_FIXED
 from thyroid_rlar.latent_explorer import LatentExplorer
 from thyroid_rlar.nodule_report import attributed, nodule_report, page
 from thyroid_rlar.opened import OpenRun, most_telling, open_run
-from thyroid_rlar.runs import check_parameters, load_data, make_trainer, open_source, run_folder
+from thyroid_rlar.parameters import check_parameters
+from thyroid_rlar.runs import load_data, make_trainer, open_source, run_folder
 
 CHEAP = (Method("grad_cam"), Method(steps=4, tolerance=1e9), Method("occlusion", window=32, stride=32))
 SMALL = dict(encoder="test_efficientnet", pretrained="none")

@@ -17,7 +17,8 @@ from thyroid_rlar.folder import read_folder
 from thyroid_rlar.loader import NoduleData, make_split, prepare
 from thyroid_rlar.methods import Options, make_objective
 from thyroid_rlar.network import MultitaskNet, NetworkSettings
-from thyroid_rlar.runs import RunSettings, run_folder
+from thyroid_rlar.parameters import RunSettings
+from thyroid_rlar.runs import run_folder
 from thyroid_rlar.survival import CHECKPOINT, TrainingStopped
 from thyroid_rlar.training import FitSettings, Trainer
 

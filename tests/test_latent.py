@@ -10,7 +10,8 @@ import torch
 from thyroid_rlar.files import DataError
 from thyroid_rlar.latent import SKIPS_FIXED, Traversal, latent_map, neighbours, plane, standardise
 from thyroid_rlar.network import MultitaskNet, NetworkSettings
-from thyroid_rlar.runs import check_parameters, load_data, make_trainer, open_source, run_folder
+from thyroid_rlar.parameters import check_parameters
+from thyroid_rlar.runs import load_data, make_trainer, open_source, run_folder
 
 
 @pytest.fixture(scope="module", params=["shared_map", "unet"])

@@ -11,7 +11,8 @@ import torch
 
 from thyroid_rlar.latent_explorer import REACH, LatentExplorer
 from thyroid_rlar.opened import OpenRun, open_run
-from thyroid_rlar.runs import check_parameters, load_data, make_trainer, open_source, run_folder
+from thyroid_rlar.parameters import check_parameters
+from thyroid_rlar.runs import load_data, make_trainer, open_source, run_folder
 
 MANY = 5000
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from thyroid_rlar.compare import pooled, read_runs, results_table
-from thyroid_rlar.runs import RunSettings
+from thyroid_rlar.parameters import RunSettings
 from thyroid_rlar.tirads import DDTI
 
 ROOT = Path(__file__).resolve().parent.parent

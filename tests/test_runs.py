@@ -15,8 +15,9 @@ import pytest
 from thyroid_rlar import runs
 from thyroid_rlar.evaluation import RISK, SEGMENTATION
 from thyroid_rlar.files import DataError
+from thyroid_rlar.parameters import ParameterError, RunSettings, read_size
 from thyroid_rlar.predictions import EvaluationSettings
-from thyroid_rlar.runs import ParameterError, RunSettings, open_source, read_size, run_folder
+from thyroid_rlar.runs import open_source, run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["-p", "source", "folder", "-p", "data_dir", "data/phantom", "-p", "image_size", "64x96", "-p", "folds", "3", "-p", "stride", "8",

@@ -27,9 +27,10 @@ from thyroid_rlar.images import MAX_PIXELS, examine, read_gray
 from thyroid_rlar.latent import saved_latents
 from thyroid_rlar.latent_figures import as_csv, thumbnail
 from thyroid_rlar.network import MultitaskNet, NetworkSettings, load_model, save_model
+from thyroid_rlar.parameters import ParameterError, check_parameters, read_size
 from thyroid_rlar.records import MAX_POINTS, Manifest, left_out_table
 from thyroid_rlar.report import write_report
-from thyroid_rlar.runs import ParameterError, check_parameters, read_size, recorded_settings
+from thyroid_rlar.runs import recorded_settings
 from thyroid_rlar.tirads import DDTI
 
 ROOT = Path(__file__).resolve().parent.parent

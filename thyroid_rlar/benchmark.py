@@ -33,8 +33,8 @@ from .methods import METHODS
 from .network import MultitaskNet, NetworkSettings, Output, RiskHead
 from .objectives import Objective, task_losses
 from .pairs import align_pairs
+from .parameters import ParameterError, RunSettings, make_rlar, run_objective, typed_parameters
 from .rlar import MODES
-from .runs import ParameterError, RunSettings, make_rlar, run_objective, typed_parameters
 from .training import FitSettings, make_optimizer, train_step
 
 # %% ../nbs/70_benchmark.ipynb #3e3fff53

@@ -27,11 +27,12 @@ from .intervals import paired_bootstrap, weighted_mean
 from .loader import MISSING_GRADE, NoduleData, eval_loader
 from .network import MultitaskNet, RiskHead
 from .objectives import evidence_loss
+from .parameters import make_rlar
 from .predictions import evidence_fit, evidence_r2, load_run
 from .radiomics import NAMES
 from .report import METRICS
 from .rlar import RLAR
-from .runs import check_split, load_data, make_rlar, open_source
+from .runs import check_split, load_data, open_source
 from .tirads import Scale
 
 # %% ../nbs/68_compare.ipynb #008

@@ -31,8 +31,9 @@ from .intervals import bootstrap, spearman
 from .loader import NoduleData, eval_loader
 from .methods import METHODS
 from .network import MultitaskNet
+from .parameters import ParameterError, RunSettings, check_parameters, typed_parameters
 from .rlar import WHERE, flatten_gradient, unit
-from .runs import ParameterError, RunData, RunSettings, check_parameters, load_data, make_trainer, open_source, typed_parameters
+from .runs import RunData, load_data, make_trainer, open_source
 
 # %% ../nbs/73_dial.ipynb #2ed125ec
 BIAS_SD = 0.18                                    # of the contour's shift, as a share of the nodule's radius

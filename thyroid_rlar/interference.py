@@ -29,8 +29,8 @@ from .levels import find_runs
 from .loader import MISSING_GRADE
 from .network import MultitaskNet
 from .objectives import task_losses
+from .parameters import ParameterError, typed_parameters
 from .rlar import WHERE, flatten_gradient
-from .runs import ParameterError, typed_parameters
 
 # %% ../nbs/72_interference.ipynb #e3e2eabe
 STEPS = ("seg", "risk")

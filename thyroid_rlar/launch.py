@@ -15,7 +15,8 @@ from accelerate import PartialState
 from fastcore.imports import IN_NOTEBOOK
 
 # %% ../nbs/57_launch.ipynb #b1535a54
-from .runs import ParameterError, check_parameters, folder_of, load_data, make_trainer, open_source, run_folder
+from .parameters import ParameterError, check_parameters
+from .runs import folder_of, load_data, make_trainer, open_source, run_folder
 
 # %% ../nbs/57_launch.ipynb #f32480e5
 def train_run(values: Mapping[str, object]) -> Path:
@@ -24,6 +25,9 @@ def train_run(values: Mapping[str, object]) -> Path:
     state = PartialState(cpu=s.device == "cpu")
     folder = run_folder(s) if state.is_main_process else folder_of(s)
     with state.main_process_first(): run = load_data(s, open_source(s, progress=state.is_main_process), progress=state.is_main_process)
+    if (batches := len(run.split.train) // s.batch_size) < state.num_processes:
+        raise ParameterError(f"batch_size: found {s.batch_size}, which makes {batches} batches of {len(run.split.train)} training images; "
+                             f"expected one for each of {state.num_processes} processes")
     make_trainer(s, run, folder).fit(resume=s.resume)
     state.print(f"Trained: {folder}. The run notebook with the same parameters and resume = True makes the report.")
     return folder

@@ -28,9 +28,9 @@ from .intervals import bootstrap, weighted_mean
 from .loader import MISSING_GRADE, NoduleData, eval_loader
 from .network import MultitaskNet
 from .objectives import TaskLosses, task_losses
+from .parameters import ParameterError
 from .predictions import TrainedRun, check_evaluation, load_run, open_evaluation
 from .rlar import RLAR, WHERE, excess, flatten_gradient, unit
-from .runs import ParameterError
 
 # %% ../nbs/71_levels.ipynb #fe329f07
 def level_gradients(net: MultitaskNet, batch: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], TaskLosses]:

@@ -26,10 +26,10 @@ from .instruments import measure
 from .latent import saved_latents
 from .loader import NoduleData, eval_loader
 from .network import MultitaskNet, Output
+from .parameters import ParameterError, make_rlar, typed_parameters
 from .predictions import TrainedRun, check_evaluation, evidence_table, load_run, open_evaluation, tasks_on
 from .radiomics import EvidenceScaler
 from .rlar import RLAR
-from .runs import ParameterError, make_rlar, typed_parameters
 from .tirads import Scale
 from .training import Trainer
 

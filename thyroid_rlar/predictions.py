@@ -25,9 +25,10 @@ from .intervals import bootstrap, ratio
 from .loader import NoduleData, eval_loader, prepare
 from .network import MultitaskNet, load_model
 from .objectives import TASKS
+from .parameters import CHOICES, ParameterError, RunSettings, read_size, typed_parameters
 from .radiomics import NAMES, EvidenceScaler, measure_manifest
 from .records import Manifest
-from .runs import CHOICES, ParameterError, RunSettings, open_source, read_size, recorded_settings, typed_parameters
+from .runs import open_source, recorded_settings
 from .tirads import SCALES
 
 # %% ../nbs/64_predictions.ipynb #008

@@ -263,8 +263,7 @@ class Watch:
 def make_accelerator(s: FitSettings, folder: Path) -> Accelerator:
     "An Accelerator with this run's device and precision, whatever an earlier run in this process had."
     if s.device == "cuda" and not torch.cuda.is_available(): raise ValueError("device: found 'cuda', but PyTorch sees no GPU; expected auto or cpu")
-    on_cpu = s.device == "cpu" or not torch.cuda.is_available()
-    if s.precision == "bf16" and on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if s.precision == "bf16" and (s.device == "cpu" or not torch.cuda.is_available()) and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         warnings.warn("precision bf16: this processor has no bfloat16 and imitates it, some ten times slower than fp32", stacklevel=2)
     single = "WORLD_SIZE" not in os.environ
     AcceleratorState._reset_state(reset_partial_state=single)
