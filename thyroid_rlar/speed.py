@@ -86,7 +86,7 @@ def stages(bench: Bench, method: str = "rlar_exact", steps: int = 5) -> pd.DataF
         with clock("clipping"): norm = bench.accelerator.clip_grad_norm_(net.parameters(), 1.0)
         with clock("optimiser"): bench.optimizer.step()
         with clock("average of the weights"): average.update(net)
-        with clock("log"): log.add(report, norm, bench.batch)
+        with clock("log"): log.add(report, norm, bench.batch, 0.0)
     return clock.table()
 
 # %% ../nbs/74_speed.ipynb #17425f9f
