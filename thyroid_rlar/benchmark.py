@@ -255,7 +255,8 @@ def growth_figure(table: pd.DataFrame) -> Figure:
             style = dict(ms=4, color=COLOURS[method], label=method)
             for ax, value in zip(column, ("cpu_ratio", "cpu_seconds")): ax.plot(part.value, part[value], "o-", **style)
         column[1].set_xlabel(name); column[1].set_xticks(sorted(set(table.value[table.axis == name])))
-        for ax in column: ax.grid(alpha=0.3); ax.set_ylim(bottom=0)
+        for ax in column: ax.grid(alpha=0.3)
+    for row in axes: row[0].set_ylim(bottom=0)               # shared, so when all is drawn
     axes[0, 0].set_ylabel("multiple of the plain sum"); axes[1, 0].set_ylabel("CPU seconds a step")
     axes[0, 0].legend(fontsize=8)
     return fig
