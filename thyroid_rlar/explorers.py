@@ -36,10 +36,8 @@ const OWN_KEYS = "input, select, textarea, [contenteditable], .noUi-handle, .jp-
 function render({ model, el }) {
   let home = null;
   const put = (values) => { for (const [k, v] of Object.entries(values)) model.set(k, v); model.save_changes(); };
-  const theme = () => {
-    const dark = document.body.dataset.jpThemeLight === "false";
-    if (dark !== model.get("dark")) put({ dark });
-  };
+  const isDark = () => document.body.dataset.jpThemeLight === "false";
+  const theme = () => { if (isDark() !== model.get("dark")) put({ dark: isDark() }); };
   const keys = (event) => {
     const step = STEPS[event.key];
     if (!step || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey || event.target.closest(OWN_KEYS)) return;
@@ -240,7 +238,27 @@ def close(self: Explorer) -> None:
 
 def _close_all(widget: widgets.Widget) -> None:
     for child in getattr(widget, "children", ()): _close_all(child)
+    for part in (getattr(widget, name, None) for name in ("layout", "style")):       # widgets, too, that a page keeps for ever
+        if isinstance(part, widgets.Widget): part.close()
     widget.close()
+
+# %% ../nbs/80_explorers.ipynb #b270e457
+class _Stopped(Exception): "Nobody waits for it any more."
+
+def beside(job: Callable[[Callable[[int, int], None]], object]) -> Iterator[tuple[int, int]]:
+    "Pieces for `work`: run `job(progress)` in a thread and yield what it has told last, until it is done. Once dropped, it ends at its next word."
+    halt, told, pool = threading.Event(), [(0, 1)], ThreadPoolExecutor(1)
+    def progress(done: int, expected: int) -> None:
+        if halt.is_set(): raise _Stopped
+        told[0] = done, expected
+    future = pool.submit(job, progress)
+    try:
+        while not future.done():
+            wait([future], timeout=0.01)
+            yield told[0]
+        future.result()
+    finally:
+        halt.set(); pool.shutdown(wait=False, cancel_futures=True)
 
 # %% ../nbs/80_explorers.ipynb #a6469a22
 @patch
@@ -260,23 +278,6 @@ def work(self: Explorer, name: str, pieces: Iterator, show: Callable[[object], N
         finally:
             if isinstance(pieces, Generator): pieces.close()    # a thread ends now, not when the garbage is collected
     self._work[name] = loop.create_task(run())
-
-class _Stopped(Exception): "Nobody waits for it any more."
-
-def beside(job: Callable[[Callable[[int, int], None]], object]) -> Iterator[tuple[int, int]]:
-    "Pieces for `work`: run `job(progress)` in a thread and yield what it has told last, until it is done. Once dropped, it ends at its next word."
-    halt, told, pool = threading.Event(), [(0, 1)], ThreadPoolExecutor(1)
-    def progress(done: int, expected: int) -> None:
-        if halt.is_set(): raise _Stopped
-        told[0] = done, expected
-    future = pool.submit(job, progress)
-    try:
-        while not future.done():
-            wait([future], timeout=0.01)
-            yield told[0]
-        future.result()
-    finally:
-        halt.set(); pool.shutdown(wait=False, cancel_futures=True)
 
 @patch
 def stop(self: Explorer, name: str) -> None:
