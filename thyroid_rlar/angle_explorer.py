@@ -225,7 +225,7 @@ def build(self: AngleExplorer) -> widgets.Widget:
 
 @patch
 def _clicked(self: AngleExplorer, _, points, state) -> None:
-    if points.point_inds: self.choose(row=self.run.rows[points.point_inds[0]])
+    if len(points.point_inds): self.choose(row=self.run.rows[points.point_inds[0]])
 
 @patch
 def update(self: AngleExplorer, changed: set[str]) -> None:

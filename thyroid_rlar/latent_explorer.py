@@ -214,7 +214,7 @@ def _build_map(self: LatentExplorer) -> widgets.Widget:
 
 @patch
 def _clicked(self: LatentExplorer, _, points, state) -> None:
-    if points.point_inds: self.choose(row=self.run.rows[points.point_inds[0]])
+    if len(points.point_inds): self.choose(row=self.run.rows[points.point_inds[0]])
 
 @patch
 def _lassoed(self: LatentExplorer, _, points, selector) -> None:
