@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from urllib.request import Request, urlopen
 
 import nbformat
 import pytest
+from machine import free_port
 from playwright.sync_api import Locator, Page, WebSocket, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,9 +235,7 @@ class Lab:
         theme = {"theme": f"JupyterLab {self.theme.title()}"}
         path = self.folder / "jupyter/settings/@jupyterlab/apputils-extension/themes.jupyterlab-settings"
         path.write_text(json.dumps(theme))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.root_dir={self.folder}", "--ip=127.0.0.1",
                    f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={self.token}", "--LabApp.news_url=None",

@@ -1,5 +1,6 @@
 """Where tests compute: THYROID_RLAR_DEVICE (cpu, cuda, ...) and THYROID_RLAR_DTYPE (float64, float32); one suite for every machine."""
 import os
+import socket
 
 import torch
 
@@ -9,3 +10,10 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
 if DTYPE not in TOLERANCES: raise ValueError(f"THYROID_RLAR_DTYPE: found {DTYPE}, expected float64 or float32")
 TOLERANCE = TOLERANCES[DTYPE]       # relative, of what is the same but for rounding
 EXACT = DEVICE.type == "cpu"        # elsewhere two equal computations may be summed in another order
+
+
+def free_port() -> int:
+    "A port of this machine that nobody listens on."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -2,7 +2,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from machine import free_port
 from safetensors.torch import load_file
 
 from thyroid_rlar.files import project_root
@@ -92,13 +92,10 @@ keep("weights")
 
 def launch_two(folder: Path, script: str, *arguments: object, **environment: str) -> None:
     "Run a script in two processes that know of each other, and wait; fail with what one of them said."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
     (folder / "script.py").write_text(script)
 
     together = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"} | environment
+                             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"} | environment
     command = [str(part) for part in (sys.executable, folder / "script.py", *arguments)]
     running = [subprocess.Popen(command, env=together | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True) for rank in "01"]
     for process in running:
@@ -130,12 +127,9 @@ def test_where_one_must_stop_both_do(tmp_path):
 
 def launched(out: Path, *more: object) -> subprocess.Popen:
     "A run in two processes on the CPU, as a user starts it."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     values = dict(device="cpu", phantom_images=48, image_size="32x64", epochs=3, batch_size=4, folds=3, freeze_norm=True, out_dir=out)
     asked = [str(part) for name, value in values.items() for part in ("-p", name, value)]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", str(port),
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port()),
                "-m", "thyroid_rlar.launch", *asked, *map(str, more)]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

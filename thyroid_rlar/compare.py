@@ -27,16 +27,16 @@ from .intervals import paired_bootstrap, weighted_mean
 from .loader import MISSING_GRADE, NoduleData, eval_loader
 from .network import MultitaskNet, RiskHead
 from .objectives import evidence_loss
-from .parameters import make_rlar
+from .parameters import WITHOUT_EFFECT, make_rlar
 from .predictions import evidence_fit, evidence_r2, load_run
 from .radiomics import NAMES
 from .report import METRICS
 from .rlar import RLAR
-from .runs import check_split, load_data, open_source
+from .runs import check_split, load_data, open_source, split_table
 from .tirads import Scale
 
 # %% ../nbs/68_compare.ipynb #008
-PER_FOLD = ("fold", "out_dir", "resume", "device", "num_workers", "tensorboard", "checkpoint_seconds")
+PER_FOLD = ("fold", *WITHOUT_EFFECT)
 
 def _run_tables(folders: Sequence[str | Path], name: str) -> list[pd.DataFrame]:
     "The tables of one name in all finished runs on a fold below each folder in turn, with columns settings, objective, network, scale, fold, run."
@@ -179,7 +179,7 @@ def fresh_head_angles(run_dir: str | Path, progress: bool = True) -> pd.DataFram
     if path.is_file(): return read_parquet(path, "image_id", "excess")
     trained = load_run(run_dir)
     run = load_data(trained.settings, open_source(trained.settings, progress), progress)
-    check_split(run, Path(run_dir))             # a fresh head must not see what the run reports
+    check_split(split_table(run), Path(run_dir))             # a fresh head must not see what the run reports
     net = fit_fresh_head(trained.net, run.data, run.split.train, seed=trained.settings.seed)
     angles = held_out_angles(net, run.data, run.split.test, make_rlar(trained.settings))
     write_whole(path, angles.to_parquet)

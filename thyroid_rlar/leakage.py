@@ -17,7 +17,7 @@ import pandas as pd
 from PIL import Image
 
 # %% ../nbs/22_leakage.ipynb #3e303fa0
-from .files import DataError, digest, inside
+from .files import DataError
 from .loader import Prepared, Split
 from .radiomics import EvidenceScaler
 
@@ -66,12 +66,11 @@ def measure_distances(prepared: Prepared, every: int = 4) -> pd.DataFrame:
     return table.value_counts(sort=False).rename("pairs").reset_index()
 
 # %% ../nbs/22_leakage.ipynb #fc666869
-def near_pairs(prepared: Prepared, a: np.ndarray, b: np.ndarray, limit: float = NEAR) -> list[tuple[int, int, float]]:
-    "Pairs of a row of `a` and one of `b` whose images are nearly the same, with their distance; nearest first."
-    first, second = hash_images(prepared, a), hash_images(prepared, b)
+def near_pairs(hashes: np.ndarray, a: np.ndarray, b: np.ndarray, limit: float = NEAR) -> list[tuple[int, int, float]]:
+    "Pairs of a row of `a` and one of `b` whose images' hashes (N,144) are nearly the same, with their distance; nearest first."
     found = []
     for start in range(0, len(a), 1000):                   # 1000 x m distances at a time
-        between = distances(first[start:start + 1000], second)
+        between = distances(hashes[a[start:start + 1000]], hashes[b])
         found += [(int(a[start + i]), int(b[j]), float(between[i, j])) for i, j in zip(*np.nonzero(between <= limit + 1e-6))]
     return sorted(found, key=lambda pair: pair[2])
 
@@ -81,17 +80,17 @@ def _shared(keys: np.ndarray, parts: dict[str, np.ndarray]) -> tuple[str, str, s
         if len(both := np.intersect1d(keys[parts[a]], keys[parts[b]])): return str(both[0]), a, b
     return None
 
-def check_split_leaks(prepared: Prepared, split: Split) -> None:
+def check_split_leaks(prepared: Prepared, split: Split, files: np.ndarray) -> None:     # (N,) fingerprints of the images' files
     "DataError where a case group, a file or nearly the same image lies in two parts of a split, naming it and what to do."
     m, parts = prepared.manifest, {name: np.asarray(getattr(split, name)) for name in ("train", "val", "test")}
-    files = np.array([digest(inside(m.root, path)) for path in m.rows.image])
     for what, keys in (("row", np.arange(len(m)).astype(str)), ("case group", m.rows.group.to_numpy(str)), ("file", files)):
         if found := _shared(keys, parts):
             name, a, b = found
             if what == "file": name = ", ".join(m.rows.image[files == name])
             raise DataError(m.root, "split", f"{what} {name} in {a} and {b}", "each in one part only: the result would be better than it is")
+    hashes = hash_images(prepared, np.arange(len(m)))
     for a, b in combinations(parts, 2):
-        if near := near_pairs(prepared, parts[a], parts[b]):
+        if near := near_pairs(hashes, parts[a], parts[b]):
             ids = m.rows.image_id
             said = "; ".join(f"{ids[i]} ({a}) and {ids[j]} ({b}), {100 * d:.0f} % apart" for i, j, d in near[:5])
             more = f" and {len(near) - 5} pairs more" if len(near) > 5 else ""

@@ -23,13 +23,13 @@ import torch
 # %% ../nbs/55_runs.ipynb #005
 from .ddti import read_ddti
 from .evaluation import write_json
-from .files import DataError, code_digest, digest, held, hold, inside, read_json, read_whole, remove, resolve, write_text, write_whole
+from .files import DataError, code_digest, digest, held, hold, inside, read_json, read_parquet, remove, resolve, write_text, write_whole
 from .folder import read_folder
 from .leakage import check_scaler, check_split_leaks
 from .loader import MISSING_GRADE, NoduleData, Prepared, Split, make_split, prepare
 from .network import MultitaskNet, NetworkSettings
 from .objectives import TASKS, Objective
-from .parameters import ParameterError, RunSettings, check_parameters, make_rlar, run_objective
+from .parameters import WITHOUT_EFFECT, ParameterError, RunSettings, check_parameters, make_rlar, run_objective
 from .phantom import write_phantoms
 from .radiomics import EVIDENCE, EvidenceScaler, measure_manifest
 from .readers import noisy_grades, noisy_mask
@@ -54,8 +54,7 @@ def recorded_settings(folder: str | Path) -> RunSettings:
 def changed_parameters(s: RunSettings, folder: Path) -> list[str]:
     "How the parameters differ from those of the run in the folder, leaving out what changes no result."
     before, now = asdict(recorded_settings(folder)), asdict(s)
-    free = ("resume", "out_dir", "device", "num_workers", "tensorboard", "checkpoint_seconds")
-    return [f"{k} (was {before[k]!r}, now {v!r})" for k, v in now.items() if k not in free and before[k] != v]
+    return [f"{k} (was {before[k]!r}, now {v!r})" for k, v in now.items() if k not in WITHOUT_EFFECT and before[k] != v]
 
 def _check_folder(s: RunSettings, folder: Path) -> None:
     "Raise ParameterError when this run would go on with another one's weights, which may have seen the images to report, or overwrite it."
@@ -187,11 +186,11 @@ def split_table(run: RunData) -> pd.DataFrame:
     for name in ("train", "val", "test"): part[getattr(run.split, name)] = name
     return m.rows[["image_id", "case_id", "group"]].assign(split=part, digest=[digest(inside(m.root, path)) for path in m.rows.image])
 
-def check_split(run: RunData, folder: Path) -> None:
-    "Raise ParameterError when images, cases or split differ from those that the run in the folder trained on."
+def check_split(split: pd.DataFrame, folder: Path) -> None:
+    "Raise ParameterError when images, cases or parts of a `split_table` differ from those that the run in the folder trained on."
     path = folder / "split.parquet"
-    before = read_whole(path, pd.read_parquet)
-    if split_table(run).astype(str).equals(before.astype(str)): return      # a file does not keep every type of column
+    before = read_parquet(path)
+    if split.astype(str).equals(before.astype(str)): return      # a file does not keep every type of column
     raise ParameterError(f"the images, their cases or their split are not those of {path}, so the weights may have seen what is to be reported; "
                          "expected the same data, or a new run")
 
@@ -209,11 +208,12 @@ def make_trainer(s: RunSettings, run: RunData, folder: Path, callbacks: Sequence
     info = {"scale": scale.name, "image_size": list(s.image_size), "evidence": [item.name for item in EVIDENCE], "scaler": run.scaler.to_dict(),
             "objective": s.objective, "tasks": trained_tasks(objective, run)}
     goes_on = s.resume and (folder / CHECKPOINT).is_file()      # else it was killed before its first checkpoint, or is new
-    if goes_on: check_split(run, folder)
-    check_split_leaks(run.data.prepared, run.split)
+    split = split_table(run)                                    # reads every image's file, so once
+    if goes_on: check_split(split, folder)
+    check_split_leaks(run.data.prepared, run.split, split.digest.to_numpy(str))
     check_scaler(run.scaler, run.measured[[item.name for item in EVIDENCE]].to_numpy(float), run.split)
     trainer = Trainer(net, objective, run.data, run.split, fit, folder, make_rlar(s), callbacks, info)
     if trainer.accelerator.is_main_process:     # last: whatever fails before leaves an earlier run whole
-        with held(folder): _begin(s, folder, None if goes_on else split_table(run))
+        with held(folder): _begin(s, folder, None if goes_on else split)
     trainer.accelerator.wait_for_everyone()
     return trainer
