@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from machine import DEVICE
 
 from thyroid_rlar.files import DataError, resolve
 from thyroid_rlar.folder import read_folder
@@ -20,7 +21,7 @@ from thyroid_rlar.network import MultitaskNet, NetworkSettings
 from thyroid_rlar.parameters import RunSettings
 from thyroid_rlar.runs import run_folder
 from thyroid_rlar.survival import CHECKPOINT, TrainingStopped
-from thyroid_rlar.training import FitSettings, Trainer
+from thyroid_rlar.training import PRECISIONS, FitSettings, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ["seconds", "loader_share", "peak_memory_mb"]
@@ -96,7 +97,7 @@ def trainer(folder: Path, data: NoduleData, epochs: int = 2, **settings: object)
     torch.manual_seed(0)
     net = MultitaskNet(NetworkSettings(grades=5, evidence=0, stride=8, width=32, embedding=16, encoder="mobilenetv3_small_050"), "none")
     split = make_split(data.prepared.manifest, folds=2)
-    fit = FitSettings(**{"epochs": epochs, "batch_size": 4, "device": "cpu"} | settings)
+    fit = FitSettings(**{"epochs": epochs, "batch_size": 4, "device": DEVICE.type, "deterministic": DEVICE.type == "cuda"} | settings)
     return Trainer(net, make_objective("rlar", Options(strength=0.2)), data, split, fit, folder)
 
 
@@ -110,6 +111,28 @@ def whole(data, tmp_path_factory) -> pd.DataFrame:
 
 
 def goes_on(run: Trainer, whole: pd.DataFrame) -> bool: return run.fit(resume=True).drop(columns=TIMES).equals(whole.drop(columns=TIMES))
+
+
+class Cut(Exception): pass
+
+
+@pytest.mark.parametrize("precision", PRECISIONS if DEVICE.type == "cuda" else ["fp32"])
+def test_a_run_cut_off_within_an_epoch_goes_on_the_same_on_each_device(tmp_path, data, precision):
+    alone = trainer(tmp_path / "alone", data, precision=precision)
+    history = alone.fit()
+    cut = trainer(tmp_path / "cut", data, precision=precision, checkpoint_seconds=0)
+    steps, real = iter([True] * (len(cut.loader) + 2)), cut.objective.backward
+
+    def backward(*step: object) -> object:
+        if not next(steps, False): raise Cut
+        return real(*step)
+    cut.objective.backward = backward
+    with pytest.raises(Cut): cut.fit()
+    again = trainer(tmp_path / "cut", data, precision=precision)
+    torch.manual_seed(1)                # the checkpoint brings its own state
+    pd.testing.assert_frame_equal(again.fit(resume=True).drop(columns=TIMES), history.drop(columns=TIMES), check_exact=True)
+    assert all(map(torch.equal, alone.net.state_dict().values(), again.net.state_dict().values()))
+    if precision == "fp16": assert alone.accelerator.scaler.state_dict() == again.accelerator.scaler.state_dict()
 
 
 @pytest.fixture
@@ -148,7 +171,7 @@ def test_a_step_that_runs_out_of_memory_says_what_to_lower(tmp_path, data, whole
 
     def starve(t: Trainer) -> None: t.objective.backward = lambda *_: torch.empty(10**15)
     run.callbacks = at_epoch(1, starve)
-    expected = "epoch 1, step 0: memory ran out on cpu .* with batch_size 4 and image_size 64x96. Lower batch_size first.* checkpoint of epoch 0"
+    expected = f"epoch 1, step 0: memory ran out on {DEVICE.type} .* with batch_size 4 and image_size 64x96. Lower .* checkpoint of epoch 0"
     with pytest.raises(TrainingStopped, match=expected): run.fit()
     assert goes_on(trainer(tmp_path, data), whole)
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'SMP_UNET', 'RLAR_MODES', 'GROWING', 'COLOURS', 'PROMISES', 'made_up_batch', 'Bench', 'make_bench',
            'all_methods', 'build', 'make_steps', 'interleave', 'ratios', 'peak_bytes', 'held_bytes', 'step_bytes',
-           'measure_methods', 'as_json', 'task_steps', 'growth_axes', 'measure_growth', 'cost_figure', 'growth_figure',
-           'BenchmarkSettings', 'check_benchmark', 'promises', 'judged']
+           'measure_methods', 'as_json', 'task_steps', 'growth_axes', 'measure_growth', 'clock_of', 'cost_figure',
+           'growth_figure', 'BenchmarkSettings', 'check_benchmark', 'promises', 'judged']
 
 # %% ../nbs/70_benchmark.ipynb #1672049e
 import time
@@ -209,36 +209,42 @@ def task_steps(bench: Bench, tasks: int) -> dict[str, Callable[[], None]]:
 # %% ../nbs/70_benchmark.ipynb #f575988b
 GROWING = ("sum", "rlar_one_sided", "rlar_exact", "pcgrad")
 
-def growth_axes(size: tuple[int, int] = (160, 224), images: int = 8) -> dict[str, tuple[int, ...]]:
-    "Values around the usual ones along which cost is measured."
-    heights = sorted({max(1, round(f * size[0] / 32)) * 32 for f in (0.6, 1, 1.4)})
-    return {"image height": tuple(heights), "images in a batch": (max(2, images // 2), images, 2 * images), "channels of z": (32, 64, 128),
-            "tasks": (2, 3, 4, 5)}
+def growth_axes(size: tuple[int, int] = (160, 224), images: int = 8, device: str = "cpu") -> dict[str, tuple[int, ...]]:
+    "Values around the usual ones along which cost is measured; on a GPU, which small batches leave idle, up from them."
+    heights, batches = ((1, 2, 3), (1, 4, 16)) if device == "cuda" else ((0.6, 1, 1.4), (0.5, 1, 2))
+    return {"image height": tuple(sorted({max(1, round(f * size[0] / 32)) * 32 for f in heights})),
+            "images in a batch": tuple(max(2, int(f * images)) for f in batches), "channels of z": (32, 64, 128), "tasks": (2, 3, 4, 5)}
 
 def measure_growth(rounds: int = 3, threads: int = 1, axes: Mapping[str, Iterable[int]] | None = None, network: str = "default",
-                   size: tuple[int, int] = (160, 224), images: int = 8, progress: bool = False) -> pd.DataFrame:
+                   size: tuple[int, int] = (160, 224), images: int = 8, device: str = "cpu", progress: bool = False) -> pd.DataFrame:
     "A row per axis, value and method, all else as it is: ratios to the plain sum at the same point, and seconds."
-    tables, axes = [], axes or growth_axes(size, images)
+    tables, axes = [], axes or growth_axes(size, images, device)
     for axis, value in tqdm([(axis, v) for axis, values in axes.items() for v in values], desc="growth", unit="point", disable=not progress):
         changes = NETWORKS[network] | {"channels of z": {"width": value}}.get(axis, {})
         at = {"image height": {"size": (value, round(value * size[1] / size[0] / 32) * 32)}, "images in a batch": {"images": value}}.get(axis, {})
-        at = {"size": size, "images": images} | at
+        at = {"size": size, "images": images, "device": device} | at
         steps = task_steps(make_bench(changes, **at), value) if axis == "tasks" else make_steps(changes, GROWING, **at)[0]
-        tables.append(ratios(interleave(steps, rounds, threads)).reset_index().assign(axis=axis, value=value))
+        tables.append(ratios(interleave(steps, rounds, threads)).reset_index().assign(axis=axis, value=value, device=device))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/70_benchmark.ipynb #fadd627c
 COLOURS = {"sum": GREY, "rlar_one_sided": GREEN, "rlar_half": ORANGE, "rlar_exact": BLUE, "pcgrad": PURPLE}
 
+def clock_of(table: pd.DataFrame) -> str:
+    "Which time counts on the device of a table: a GPU's is what the clock shows, since its CPU only hands out the work."
+    return "wall" if (table.device == "cuda").all() else "cpu"
+
 def cost_figure(table: pd.DataFrame) -> Figure:
-    "Rows of one network, device and number of threads: CPU time with quartiles, and memory, of each method as a multiple of the plain sum's."
-    rows = table[table.note == ""].sort_values("cpu_ratio", ascending=False)
+    "Rows of one network, device and number of threads: time with quartiles, and memory, of each method as a multiple of the plain sum's."
+    clock = clock_of(table)
+    rows = table[table.note == ""].sort_values(f"{clock}_ratio", ascending=False)
     fig, axes = plt.subplots(1, 2, figsize=(10, 0.24 * len(rows) + 1), dpi=90, sharey=True, layout="constrained")
     for y, row in enumerate(rows.itertuples()):
         own = BLUE if row.method in RLAR_MODES else GREY
-        axes[0].plot([row.cpu_q25, row.cpu_q75], [y, y], color=own, lw=3, alpha=0.5)
-        axes[0].plot(row.cpu_ratio, y, "o", color=own); axes[1].plot(row.memory_ratio, y, "o", color=own)
-    for ax, title in zip(axes, ("CPU time of a step, median and quartiles", "peak memory of a step")):
+        median, *quartiles = (getattr(row, f"{clock}_{name}") for name in ("ratio", "q25", "q75"))
+        axes[0].plot(quartiles, [y, y], color=own, lw=3, alpha=0.5)
+        axes[0].plot(median, y, "o", color=own); axes[1].plot(row.memory_ratio, y, "o", color=own)
+    for ax, title in zip(axes, (f"{clock.replace('cpu', 'CPU')} time of a step, median and quartiles", "peak memory of a step")):
         ax.set_title(title, fontsize=10); ax.axvline(1, color=GREY, lw=1); ax.grid(alpha=0.3); ax.set_xlim(left=0)
         ax.set_xlabel("multiple of the plain sum's")
     axes[0].set_yticks(range(len(rows)), rows.method, fontsize=9)
@@ -247,17 +253,17 @@ def cost_figure(table: pd.DataFrame) -> Figure:
 
 # %% ../nbs/70_benchmark.ipynb #c3d0c090
 def growth_figure(table: pd.DataFrame) -> Figure:
-    "CPU time as a multiple of the plain sum's at the same point, above, and in seconds, below, along each axis."
-    names = list(dict.fromkeys(table.axis))
+    "On one device: time as a multiple of the plain sum's at the same point, above, and in seconds, below, along each axis."
+    names, clock = list(dict.fromkeys(table.axis)), clock_of(table)
     fig, axes = plt.subplots(2, len(names), figsize=(2.6 * len(names), 4.4), dpi=90, sharey="row", sharex="col", squeeze=False, layout="constrained")
     for column, name in zip(axes.T, names):
         for method, part in table[table.axis == name].groupby("method", sort=False):
             style = dict(ms=4, color=COLOURS[method], label=method)
-            for ax, value in zip(column, ("cpu_ratio", "cpu_seconds")): ax.plot(part.value, part[value], "o-", **style)
+            for ax, value in zip(column, (f"{clock}_ratio", f"{clock}_seconds")): ax.plot(part.value, part[value], "o-", **style)
         column[1].set_xlabel(name); column[1].set_xticks(sorted(set(table.value[table.axis == name])))
         for ax in column: ax.grid(alpha=0.3)
     for row in axes: row[0].set_ylim(bottom=0)               # shared, so when all is drawn
-    axes[0, 0].set_ylabel("multiple of the plain sum"); axes[1, 0].set_ylabel("CPU seconds a step")
+    axes[0, 0].set_ylabel("multiple of the plain sum"); axes[1, 0].set_ylabel(f"{clock.replace('cpu', 'CPU')} seconds a step")
     axes[0, 0].legend(fontsize=8)
     return fig
 

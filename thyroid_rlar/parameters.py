@@ -73,6 +73,7 @@ class RunSettings(MethodSettings):
     contour_noise: float = 0.0         # simulated readers: sd of the contour's displacement / radius; the evidence stays the given contour's
     device: str = "auto"               # auto (a GPU if there is one), cpu or cuda
     precision: str = "fp32"
+    deterministic: bool = False        # on a GPU, too, the same run gives the same bits; slower there
     num_workers: int = 0
     tensorboard: bool = False
     checkpoint_seconds: float = 600.0  # the age at which a checkpoint is replaced within an epoch, too
@@ -93,7 +94,7 @@ RANGES = {
     "checkpoint_seconds": (0, 1e6),
 }
 
-WITHOUT_EFFECT = ("resume", "out_dir", "device", "num_workers", "tensorboard", "checkpoint_seconds")      # on a run's result
+WITHOUT_EFFECT = ("resume", "out_dir", "device", "deterministic", "num_workers", "tensorboard", "checkpoint_seconds")    # on a run's result
 
 class ParameterError(ValueError):
     "A parameter is unknown or has a value that is not allowed; the message names what is."

@@ -27,7 +27,7 @@ def unit(g: Tensor, has: Tensor | None = None, tiny: float = 1e-6) -> tuple[Tens
     "Rows of (B,d) -> unit rows (zero where vanished), norms (B,) and which vanished (B,) bool; `has` (B,) marks rows with a label."
     norm = g.detach().norm(dim=1)
     known = norm if has is None else norm.masked_fill(~has, torch.nan)
-    median = known.nanmedian(dim=0).values                 # with a dim it does not wait for the device
+    median = known.nanquantile(0.5, interpolation="lower")   # as nanmedian, which on a GPU waits for it or is not deterministic
     vanished = ~(norm > tiny * median)                     # also where no row has a label: the median is NaN then
     safe = torch.where(vanished[:, None], torch.ones_like(g), g)
     direction = safe / safe.norm(dim=1, keepdim=True)

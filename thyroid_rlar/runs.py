@@ -204,7 +204,7 @@ def make_trainer(s: RunSettings, run: RunData, folder: Path, callbacks: Sequence
     objective = run_objective(s)
     fit = FitSettings(epochs=s.epochs, batch_size=s.batch_size, learning_rate=s.learning_rate, schedule=s.schedule, patience=s.patience,
                       balance=s.balance, seed=s.seed, device=s.device, precision=s.precision, num_workers=s.num_workers, tensorboard=s.tensorboard,
-                      checkpoint_seconds=s.checkpoint_seconds)
+                      checkpoint_seconds=s.checkpoint_seconds, deterministic=s.deterministic)
     info = {"scale": scale.name, "image_size": list(s.image_size), "evidence": [item.name for item in EVIDENCE], "scaler": run.scaler.to_dict(),
             "objective": s.objective, "tasks": trained_tasks(objective, run)}
     goes_on = s.resume and (folder / CHECKPOINT).is_file()      # else it was killed before its first checkpoint, or is new

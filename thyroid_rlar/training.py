@@ -44,6 +44,7 @@ from thyroid_rlar.survival import (
     NO_CHECKPOINT,
     TrainingStopped,
     advised,
+    be_deterministic,
     check_exploded,
     check_finite,
     clear_parts,
@@ -73,6 +74,7 @@ class FitSettings:
     seed: int = 0
     device: str = "auto"            # `auto` (GPU if there is one), `cpu` or `cuda`
     precision: str = "fp32"         # `bf16` and `fp16` (with its loss scaler) are mixed
+    deterministic: bool = False     # on a GPU, too, the same run gives the same bits; slower there
     num_workers: int = 0
     latent_every: int = 5           # epochs between stored latents and measured strengths
     checkpoint_seconds: float = 600 # the age at which a checkpoint is replaced within an epoch, too, on one process
@@ -81,8 +83,7 @@ class FitSettings:
     def __post_init__(self):
         for name, allowed in (("precision", PRECISIONS), ("schedule", SCHEDULES), ("device", DEVICES)):
             if getattr(self, name) not in allowed: raise ValueError(f"{name}: found {getattr(self, name)!r}, expected one of {allowed}")
-        for name, low in (("epochs", 1), ("batch_size", 1), ("patience", 0), ("num_workers", 0), ("latent_every", 1),
-                          ("checkpoint_seconds", 0)):
+        for name, low in (("epochs", 1), ("batch_size", 1), ("patience", 0), ("num_workers", 0), ("latent_every", 1), ("checkpoint_seconds", 0)):
             if getattr(self, name) < low: raise ValueError(f"{name}: found {getattr(self, name)}, expected at least {low}")
 
 # %% ../nbs/50_training.ipynb #011
@@ -212,8 +213,7 @@ class RunLog:
 
     def save(self) -> None:
         for name in ("history", "nodules"):
-            table = pd.concat(getattr(self, name), ignore_index=True)
-            write_whole(self.folder / f"{name}.parquet", table.to_parquet)
+            write_whole(self.folder / f"{name}.parquet", pd.concat(getattr(self, name), ignore_index=True).to_parquet)
 
     def load(self, epochs: int) -> None:
         "Read the tables back, up to the epoch that the checkpoint stands at: a run killed while writing may be one ahead."
@@ -265,11 +265,11 @@ def make_accelerator(s: FitSettings, folder: Path) -> Accelerator:
     if s.device == "cuda" and not torch.cuda.is_available(): raise ValueError("device: found 'cuda', but PyTorch sees no GPU; expected auto or cpu")
     if s.precision == "bf16" and (s.device == "cpu" or not torch.cuda.is_available()) and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         warnings.warn("precision bf16: this processor has no bfloat16 and imitates it, some ten times slower than fp32", stacklevel=2)
-    single = "WORLD_SIZE" not in os.environ
-    AcceleratorState._reset_state(reset_partial_state=single)
+    if s.deterministic: be_deterministic()
+    AcceleratorState._reset_state(reset_partial_state="WORLD_SIZE" not in os.environ)      # unless one process of several
     made = Accelerator(mixed_precision={"fp32": "no"}.get(s.precision, s.precision), cpu=s.device == "cpu",
-                       dataloader_config=DataLoaderConfiguration(non_blocking=True),
-                       log_with="tensorboard" if s.tensorboard else None, project_dir=folder)
+                       dataloader_config=DataLoaderConfiguration(non_blocking=True), log_with="tensorboard" if s.tensorboard else None,
+                       project_dir=folder)
     if (n := made.gradient_accumulation_steps) > 1:           # as `accelerate launch` can ask for
         raise ValueError(f"gradient accumulation: found {n} batches a step, expected 1: label counts, lambda, combined gradients are a batch's own")
     if made.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
