@@ -18,10 +18,10 @@ from thyroid_rlar.objectives import Objective, StepContext, check_processes
 from thyroid_rlar.rlar import RLAR
 
 
-def example(n: int = 8, network: str = "shared_map") -> tuple[MultitaskNet, dict[str, Tensor]]:
+def example(n: int = 8, network: str = "shared_map", encoder: str = "test_efficientnet") -> tuple[MultitaskNet, dict[str, Tensor]]:
     "A small network with its encoder's norm frozen, and a batch with every kind of gap, unevenly spread over its halves."
     torch.manual_seed(0)
-    settings = NetworkSettings(grades=6, evidence=5, network=network, encoder="test_efficientnet", width=16, embedding=16, dropout=0.0, rotate=True,
+    settings = NetworkSettings(grades=6, evidence=5, network=network, encoder=encoder, width=16, embedding=16, dropout=0.0, rotate=True,
                                freeze_norm=True)
     net = MultitaskNet(settings, pretrained="none").to(DEVICE, DTYPE).train()
     image, evidence, grade = torch.rand(n, 1, 32, 64).to(DTYPE), torch.randn(n, 5).to(DTYPE), torch.randint(0, 6, (n,))
@@ -85,6 +85,18 @@ def test_a_state_that_was_never_used_can_be_stored(name):
         train(net, one, batch, range(2), torch.optim.SGD(net.parameters(), lr=0.01))
         found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
     assert same(*found)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_fused_optimiser_finds_gradients_where_it_looks(name):
+    "PyTorch's fused optimisers read a gradient in its parameter's memory layout, and on a CPU do not notice where it has another."
+    ends = []
+    for fused in (True, False):
+        net, batch = example(encoder="test_resnet")
+        net.to(memory_format=torch.channels_last)
+        train(net, make_objective(name, options()), batch, range(2), torch.optim.AdamW(net.parameters(), lr=0.01, fused=fused))
+        ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert (ends[0] - ends[1]).abs().mean() < 1e-5        # where the gradient is but rounding, Adam's step may go either way
 
 
 SCRIPT = """

@@ -17,6 +17,14 @@ TOLERANCES = {"float32": dict(direction=1e-6, cosine=1e-5, penalty=1e-5, gradien
               "bf16": dict(direction=0.01, cosine=0.02, penalty=0.02, gradient=0.1)}
 
 
+@pytest.fixture(autouse=True)
+def whole_float32():
+    "On a GPU convolutions round their inputs to TF32, a tenth of float32's digits, unless told not to."
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 def example(network: str, encoder: str = LITE0) -> tuple[MultitaskNet, dict[str, Tensor]]:
     "The default architecture with its norm frozen, by default with ImageNet's encoder, and images with a disc to segment."
     torch.manual_seed(0)

@@ -61,6 +61,7 @@ def _combine(shared: list[nn.Parameter], aggregator: aggregation.Aggregator, row
     with warnings.catch_warnings():                           # Nash-MTL's solver complains at every step of its own formulation
         warnings.filterwarnings("ignore", module="torchjd|cvxpy")
         weights = autojac.jac_to_grad(shared, aggregator)
+    for p in shared: p.grad = torch.empty_like(p).copy_(p.grad)      # in p's memory layout: fused optimisers read both as they lie
     return None if weights is None else weights.new_zeros(tasks).index_copy(0, torch.tensor(rows, device=weights.device), weights)
 
 @contextmanager
@@ -70,7 +71,7 @@ def _apart(parameters: list[nn.Parameter]) -> Iterator[None]:
     for p in parameters: p.grad = None
     yield
     for p, g in zip(parameters, before):
-        if g is not None: p.grad = g if p.grad is None else p.grad + g
+        if g is not None: p.grad = g if p.grad is None else p.grad.add_(g)
 
 @contextmanager
 def _drawing(generator: torch.Generator, device: torch.device) -> Iterator[None]:

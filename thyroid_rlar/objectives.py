@@ -163,9 +163,9 @@ class _Heads:
 
 # %% ../nbs/45_objectives.ipynb #023
 def _accumulate(tensors: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:
-    "Add gradients to .grad, as backward would."
+    "Add gradients to .grad as backward would, in each tensor's memory layout: fused optimisers read both as they lie."
     for t, g in zip(tensors, gradients):
-        if g is not None: t.grad = g.detach().clone() if t.grad is None else t.grad + g.detach()
+        if g is not None: t.grad = torch.empty_like(t).copy_(g.detach()) if t.grad is None else t.grad.add_(g.detach())
 
 def _upstream(part: _Heads, gradients: Iterable[Tensor | None]) -> Tensor:
     "Gradients at a part's leaves, sent on through the encoder: one vector over the parameters upstream of z."
@@ -220,7 +220,7 @@ def _regularised(part: _Heads, objective: "RLARObjective", counts: dict[str, Ten
         return tuple(context.reduce(_upstream(part, g)) for g in both)
     at_penalty = g_penalty[0] if share == 1 else g_penalty[0] * share
     weight = objective.weight.update(tasks, at_penalty, context.reduce, upstream)
-    part.leaves[0].grad = tasks.addcmul_(weight, g_penalty[0])
+    part.leaves[0].grad = tasks.addcmul_(g_penalty[0], weight.to(tasks, non_blocking=True))     # a constant lambda lies on the CPU
     g_penalty = [None, *(None if g is None else weight * g for g in g_penalty[1:])]
     for tensors, gradients in ((seg, g_seg), (risk, g_risk), (risk, g_evidence), (everything, g_penalty)): _accumulate(tensors[1:], gradients[1:])
     return alignment, weight
