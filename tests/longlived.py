@@ -4,7 +4,7 @@
     python tests/longlived.py exploring runs/phantom --minutes 60
 
 Memory is this process's resident set, open files are its descriptors. Each prints a line as it goes, and writes its readings, numbers only,
-to data/results/longlived-<what>.parquet, which 57_longlived reads.
+to data/results/longlived-<what>.parquet, which 59_longlived reads.
 """
 import argparse
 import asyncio

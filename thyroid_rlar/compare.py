@@ -11,6 +11,7 @@ import copy
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from .intervals import paired_bootstrap, weighted_mean
 from .loader import MISSING_GRADE, NoduleData, eval_loader
 from .network import MultitaskNet, RiskHead
 from .objectives import evidence_loss
-from .parameters import WITHOUT_EFFECT, make_rlar
+from .parameters import WITHOUT_EFFECT, RunSettings, make_rlar
 from .predictions import evidence_fit, evidence_r2, load_run
 from .radiomics import NAMES
 from .report import METRICS
@@ -38,19 +39,24 @@ from .tirads import Scale
 # %% ../nbs/68_compare.ipynb #008
 PER_FOLD = ("fold", *WITHOUT_EFFECT)
 
+def _run_columns(run: Path) -> dict[str, object]:
+    "What a run's tables are marked with: settings, objective, network, scale, fold, run."
+    p = read_json(run / "params.json", "parameters")["parameters"]
+    if not isinstance(p, dict) or not {"fold", "objective", "network"} <= p.keys():
+        raise DataError(run / "params.json", "parameters", "others", "fold, objective and network")
+    settings = asdict(RunSettings()) | p | {"data_dir": Path(p.get("data_dir") or "").name}
+    key = json.dumps({k: v for k, v in settings.items() if k not in PER_FOLD}, sort_keys=True)
+    return dict(settings=key, objective=p["objective"], network=p["network"], scale=read_json(run / "model.json", "scale")["scale"], fold=p["fold"],
+                run=str(run))
+
 def _run_tables(folders: Sequence[str | Path], name: str) -> list[pd.DataFrame]:
-    "The tables of one name in all finished runs on a fold below each folder in turn, with columns settings, objective, network, scale, fold, run."
+    "The tables of one name in all finished runs on a fold below each folder in turn, marked with their runs. FileNotFoundError where there are none."
     tables, needed = [], ("params.json", "predictions.parquet")
-    for path in [p for folder in folders for p in sorted(Path(folder).rglob(name)) if all((p.parent / n).is_file() for n in needed)]:
-        p = read_json(path.parent / "params.json", "parameters")["parameters"]
-        if not isinstance(p, dict) or not {"fold", "objective", "network"} <= p.keys():
-            raise DataError(path.parent / "params.json", "parameters", "others", "fold, objective and network")
-        if p["fold"] == "all": continue                       # it reports no image that it had left out
-        key = json.dumps({k: v for k, v in p.items() if k not in PER_FOLD}, sort_keys=True)
-        scale = read_json(path.parent / "model.json", "scale")["scale"]
-        found = dict(settings=key, objective=p["objective"], network=p["network"], scale=scale, fold=p["fold"], run=str(path.parent))
-        tables.append(read_parquet(path).assign(**found))
-    if not tables: raise FileNotFoundError(f"{', '.join(map(str, folders))}: no finished runs on a fold below")
+    for folder in folders:
+        paths = [p for p in sorted(Path(folder).rglob(name)) if all((p.parent / n).is_file() for n in needed)]
+        runs = [(path, found) for path in paths if (found := _run_columns(path.parent))["fold"] != "all"]     # that reports no image left out
+        if not runs: raise FileNotFoundError(f"{folder}: no finished runs on a fold below")
+        tables += [read_parquet(path).assign(**found) for path, found in runs]
     return tables
 
 def read_runs(*folders: str | Path) -> pd.DataFrame:
@@ -61,12 +67,12 @@ def read_runs(*folders: str | Path) -> pd.DataFrame:
 
 # %% ../nbs/68_compare.ipynb #009
 def method_names(runs: pd.DataFrame) -> pd.Series:
-    "A short name for each distinct setting: objective and network, and what else tells the methods apart."
-    settings = {key: json.loads(key) for key in runs.settings.unique()}
-    names = dict.fromkeys(k for s in settings.values() for k in s)
-    different = [k for k in names if len({json.dumps(s.get(k)) for s in settings.values()}) > 1]
-    always = ["objective", "network"]
-    names = {key: " ".join([str(s[k]) for k in always] + [f"{k}={s.get(k)}" for k in different if k not in always]) for key, s in settings.items()}
+    "A short name for each distinct setting: objective and network, and where several have these, what else tells them apart."
+    names = {}
+    for (objective, network), part in runs.groupby(["objective", "network"], sort=False):
+        settings = {key: json.loads(key) for key in part.settings.unique()}
+        different = [k for k in dict.fromkeys(k for s in settings.values() for k in s) if len({json.dumps(s.get(k)) for s in settings.values()}) > 1]
+        names |= {key: " ".join([objective, network, *(f"{k}={s.get(k)}" for k in different)]) for key, s in settings.items()}
     return runs.settings.map(names)
 
 # %% ../nbs/68_compare.ipynb #010

@@ -144,6 +144,16 @@ def _only(**weights: float) -> Callable[[Options], Objective]: return lambda o: 
 def _combined(name: str, make: Callable[[int], aggregation.Aggregator]) -> Callable[[Options], Objective]:
     return lambda o: Combined(name, make, o.weights, o.seed)
 
+class _InSpan(aggregation.Aggregator):
+    "A rule that turns with the gradients, in an orthonormal basis of their span: as wide as there are tasks, where ConFIG inverts the matrix."
+    def __init__(self, rule: aggregation.Aggregator):
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        basis, inside = torch.linalg.qr(matrix.T)
+        return basis @ self.rule(inside.T)
+
 _QP, _CP = ("qpsolvers", "quadprog"), ("cvxpy", "clarabel")
 
 # %% ../nbs/48_methods.ipynb #15315706
@@ -176,7 +186,7 @@ METHODS |= {name: Entry(about, paper, _combined(name, make), needs) for name, ab
     ("aligned_mtl", "conditions the gradients' matrix", "Senushkin et al. 2023, arXiv 2305.19000", lambda n: aggregation.AlignedMTL(), ()),
     ("nashmtl", "Nash's bargain", "Navon et al. 2022, arXiv 2202.01017", lambda n: aggregation.NashMTL(n_tasks=n), ("cvxpy", "ecos")),
     ("upgrad", "mean of the projections on the dual cone", "Quinton and Rey 2024, arXiv 2406.16232", lambda n: aggregation.UPGrad(), _QP),
-    ("config", "conflict-free direction", "Liu et al. 2024, arXiv 2408.11104", lambda n: aggregation.ConFIG(), ()),
+    ("config", "conflict-free direction", "Liu et al. 2024, arXiv 2408.11104", lambda n: _InSpan(aggregation.ConFIG()), ()),
 )}
 
 # %% ../nbs/48_methods.ipynb #4cd5ec4b

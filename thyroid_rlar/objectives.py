@@ -220,7 +220,7 @@ def _regularised(part: _Heads, objective: "RLARObjective", counts: dict[str, Ten
         return tuple(context.reduce(_upstream(part, g)) for g in both)
     at_penalty = g_penalty[0] if share == 1 else g_penalty[0] * share
     weight = objective.weight.update(tasks, at_penalty, context.reduce, upstream)
-    part.leaves[0].grad = tasks.addcmul_(g_penalty[0], weight.to(tasks, non_blocking=True))     # a constant lambda lies on the CPU
+    part.leaves[0].grad = tasks.addcmul_(g_penalty[0], weight)
     g_penalty = [None, *(None if g is None else weight * g for g in g_penalty[1:])]
     for tensors, gradients in ((seg, g_seg), (risk, g_risk), (risk, g_evidence), (everything, g_penalty)): _accumulate(tensors[1:], gradients[1:])
     return alignment, weight

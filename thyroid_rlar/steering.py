@@ -62,9 +62,9 @@ class Lambda:
                upstream: Callable[[], tuple[Tensor, Tensor]] | None = None) -> Tensor:   # the same gradients, upstream: asked for when due
         "lambda after one more batch's gradients at z; no waiting for the device. Batches without a penalty, or overflown ones, are passed over."
         self.steps += 1
+        self.norms, self.transfer = (t.to(g_tasks.device, non_blocking=True) for t in (self.norms, self.transfer))
         if self.strength:
             found, known = _norms(g_tasks, g_penalty, reduce)
-            self.norms, self.transfer = (t.to(found, non_blocking=True) for t in (self.norms, self.transfer))
             self.norms = torch.where(known, 0.95 * self.norms + 0.05 * found, self.norms)
             if self.at == "upstream" and self.steps % self.every == 1:
                 above, known_above = _norms(*upstream(), reduce)

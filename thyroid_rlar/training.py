@@ -213,7 +213,8 @@ class RunLog:
 
     def save(self) -> None:
         for name in ("history", "nodules"):
-            write_whole(self.folder / f"{name}.parquet", pd.concat(getattr(self, name), ignore_index=True).to_parquet)
+            setattr(self, name, [pd.concat(getattr(self, name), ignore_index=True)])     # one table: hundreds of small ones take memory
+            write_whole(self.folder / f"{name}.parquet", getattr(self, name)[0].to_parquet)
 
     def load(self, epochs: int) -> None:
         "Read the tables back, up to the epoch that the checkpoint stands at: a run killed while writing may be one ahead."
@@ -354,8 +355,7 @@ def train_epoch(t: Trainer, bar: tqdm) -> dict[str, float]:
         if t.due: checked_steps(t); save_checkpoint(t)
     steps = checked_steps(t)
     t.log.history.append(steps.assign(kind="step", split="train", epoch=t.epoch, step=np.arange(len(steps)), lr=log.rates))
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "loader_share": log.waited / seconds}
+    return {"seconds": (seconds := time.perf_counter() - start), "loader_share": log.waited / seconds}
 
 def checked_steps(t: Trainer) -> pd.DataFrame:
     "A row for each step of the epoch so far. Raises TrainingStopped on what is not finite, and on a loss that exploded."
