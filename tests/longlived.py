@@ -62,7 +62,7 @@ class Restless:
 
 
 def events(run, seed: int):
-    "What the user does, without end, as calls."
+    "What the user does, without end, as calls; None when all explorers are closed."
     from thyroid_rlar.angle_explorer import AngleExplorer
     from thyroid_rlar.attribution_explorer import AttributionExplorer
     from thyroid_rlar.latent_explorer import LatentExplorer
@@ -76,20 +76,21 @@ def events(run, seed: int):
             if rng.random() < 0.05: yield latent.draw_plane
             if rng.random() < 0.05: yield user.attribute
         for explorer in (latent, angle, attribution): explorer.close()
-        del views
+        del latent, angle, attribution, explorer, user, views
+        yield None
 
 
 async def exploring(folder: Path, minutes: float, readings: list[dict]) -> None:
-    "Clicks in the explorers of a run, with the kernel's loop running, read once a minute."
+    "Clicks in the explorers of a run, with the kernel's loop running, read once a minute, and whenever all explorers are closed."
     from thyroid_rlar.opened import open_run
     run, start, done = open_run(folder, progress=False), time.perf_counter(), 0
     for act in events(run, 0):
-        act()
-        done += 1
+        if act: act()
+        done += act is not None
         await asyncio.sleep(0.01)
         minute = int((time.perf_counter() - start) / 60)
-        if not readings or minute > readings[-1]["at"]:
-            readings.append({"at": minute, "events": done, "seconds": time.perf_counter() - start} | reading())
+        if act is None or not readings or minute > readings[-1]["at"]:
+            readings.append({"at": minute, "events": done, "closed": act is None, "seconds": time.perf_counter() - start} | reading())
             print(readings[-1], flush=True)
         if minute >= minutes: return
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from machine import DEVICE
 
-from thyroid_rlar.files import DataError, resolve
+from thyroid_rlar.files import DataError, hold, release, resolve, write_text
 from thyroid_rlar.folder import read_folder
 from thyroid_rlar.loader import NoduleData, make_split, prepare
 from thyroid_rlar.methods import Options, make_objective
 from thyroid_rlar.network import MultitaskNet, NetworkSettings
-from thyroid_rlar.parameters import RunSettings
+from thyroid_rlar.parameters import ParameterError, RunSettings
 from thyroid_rlar.runs import run_folder
 from thyroid_rlar.survival import CHECKPOINT, TrainingStopped
 from thyroid_rlar.training import PRECISIONS, FitSettings, Trainer
@@ -82,6 +82,26 @@ def test_a_lock_left_by_a_crash_is_taken_over(tmp_path):
         assert run_folder(RunSettings(out_dir=str(tmp_path))) == tmp_path
         assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
     finally: os.killpg(first.pid, signal.SIGKILL)
+
+
+def test_a_link_in_a_run_folder_is_neither_written_nor_emptied(tmp_path):
+    (tmp_path / "notes.txt").write_text("kept")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/000.npz").write_text("kept")
+    for name, target in ((".lock", "notes.txt"), ("latents", "others"), ("checkpoint", "others")):
+        run = tmp_path / f"run{name}"
+        run.mkdir()
+        (run / name).symlink_to(tmp_path / target)
+        with pytest.raises((DataError, ParameterError), match="symbolic links|is a link"): run_folder(RunSettings(out_dir=str(run)))
+    assert (tmp_path / "notes.txt").read_text() == (tmp_path / "others/000.npz").read_text() == "kept"
+
+
+def test_a_run_whose_lock_was_removed_stops_before_it_writes_again(tmp_path):
+    hold(tmp_path)
+    write_text(tmp_path / "a", "1")
+    (tmp_path / ".lock").unlink()
+    with pytest.raises(DataError, match="it removed, or another one in its place"): write_text(tmp_path / "a", "2")
+    release(tmp_path)
 
 
 # ---- what can be mended ---------------------------------------------------------------------------------------------------
@@ -193,6 +213,37 @@ def test_a_checkpoint_of_another_version_or_a_damaged_one_is_named(tmp_path, dat
     for content, match in (({"epoch": 1}, "found no average, .*expected a checkpoint of this version"), (None, "expected a whole file")):
         torch.save(content, path) if content else path.write_bytes(path.read_bytes()[:300])
         with pytest.raises(DataError, match=match): trainer(tmp_path, data).fit(resume=True)
+
+
+def test_one_wrong_bit_in_a_checkpoint_is_noticed(tmp_path, data):
+    trainer(tmp_path, data, epochs=1).fit()
+    path = tmp_path / CHECKPOINT
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="is damaged.*expected a whole file"): trainer(tmp_path, data, epochs=2).fit(resume=True)
+
+
+def test_another_number_of_processes_does_not_go_on(tmp_path, data, whole):
+    trainer(tmp_path, data).fit()
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    torch.save(state | {"epoch": 1, "processes": 2}, tmp_path / CHECKPOINT)
+    with pytest.raises(DataError, match="processes: found 1, expected 2, as it began: accelerate launch --num_processes 2"):
+        trainer(tmp_path, data).fit(resume=True)
+    torch.save(state | {"processes": 2}, tmp_path / CHECKPOINT)           # trained to its end: only read
+    assert goes_on(trainer(tmp_path, data), whole)
+
+
+def test_a_trainer_that_stopped_before_its_first_checkpoint_is_not_begun_twice(tmp_path, data):
+    run = trainer(tmp_path, data)
+    real, steps = run.objective.backward, iter([True])
+
+    def backward(*step: object) -> object:
+        if not next(steps, False): raise Cut
+        return real(*step)
+    run.objective.backward = backward
+    with pytest.raises(Cut): run.fit()
+    with pytest.raises(TrainingStopped, match="but steps in this trainer; expected a new one"): run.fit(resume=True)
 
 
 # ---- stops by itself ------------------------------------------------------------------------------------------------------

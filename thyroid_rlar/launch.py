@@ -15,8 +15,10 @@ from accelerate import PartialState
 from fastcore.imports import IN_NOTEBOOK
 
 # %% ../nbs/57_launch.ipynb #b1535a54
+from .files import DataError
 from .parameters import ParameterError, check_parameters
 from .runs import folder_of, load_data, make_trainer, open_source, run_folder
+from .survival import TrainingStopped
 
 # %% ../nbs/57_launch.ipynb #f32480e5
 def train_run(values: Mapping[str, object]) -> Path:
@@ -43,7 +45,7 @@ def read_arguments(arguments: Sequence[str]) -> dict[str, str]:
 
 def main() -> None:
     try: train_run(read_arguments(sys.argv[1:]))
-    except ParameterError as error: sys.exit(str(error))
+    except (ParameterError, DataError, TrainingStopped) as error: sys.exit(str(error))
 
 # %% ../nbs/57_launch.ipynb #24dd7f66
 #| eval: false

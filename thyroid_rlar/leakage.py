@@ -89,6 +89,8 @@ def check_split_leaks(prepared: Prepared, split: Split, files: np.ndarray) -> No
             if what == "file": name = ", ".join(m.rows.image[files == name])
             raise DataError(m.root, "split", f"{what} {name} in {a} and {b}", "each in one part only: the result would be better than it is")
     hashes = hash_images(prepared, np.arange(len(m)))
+    seen = np.array([np.std(image) >= 1 for image in prepared.arrays[:, 0]], dtype=bool)    # black pictures are all alike, and flagged
+    parts = {name: rows[seen[rows]] for name, rows in parts.items()}
     for a, b in combinations(parts, 2):
         if near := near_pairs(hashes, parts[a], parts[b]):
             ids = m.rows.image_id
@@ -98,9 +100,15 @@ def check_split_leaks(prepared: Prepared, split: Split, files: np.ndarray) -> No
                             "none across parts: look at them, and give them the same case, or the same entry in a column group of labels.csv")
 
 # %% ../nbs/22_leakage.ipynb #91bb3c88
-def check_scaler(scaler: EvidenceScaler, values: np.ndarray, split: Split) -> None:
-    "DataError unless the scaler is that of the training rows of `values` (N,R), evidence in its own units."
+def check_scaler(scaler: EvidenceScaler, values: np.ndarray, split: Split, target: np.ndarray) -> None:
+    "DataError unless the scaler is that of the training rows of `values` (N,R), evidence in its own units, and made the `target` (N,R) of them."
     expected = EvidenceScaler().fit(np.asarray(values)[split.train]).to_dict()
     for name, numbers in scaler.to_dict().items():
         if not np.allclose(numbers, expected[name], rtol=1e-9, atol=0):
             raise DataError("evidence", f"scaler's {name}", "not that of the training rows", "a scaler fitted on them alone")
+    scaled = scaler.transform(np.asarray(values))
+    for part in ("train", "val", "test"):
+        found, made = (table[getattr(split, part)] for table in (np.asarray(target), scaled))
+        if part == "train": found, made = np.sort(found, 0), np.sort(made, 0)      # the control shuffles them
+        if not np.allclose(found, made, rtol=1e-5, atol=1e-5, equal_nan=True):
+            raise DataError("evidence", f"target of {part}", "not the measured evidence, scaled", "what the scaler of the training rows makes of it")

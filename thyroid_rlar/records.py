@@ -224,6 +224,12 @@ def _write_parquet(m: Manifest, path: str | os.PathLike) -> None:
     table = table.replace_schema_metadata({**table.schema.metadata, b"manifest": json.dumps(about)})
     write_whole(path, lambda part: pq.write_table(table, part))
 
+def _root(path: str | os.PathLike, root: str | os.PathLike | None, told: str) -> Path:
+    "Where the images lie: as asked for, or as the file says, if it lies there too; a file from elsewhere must not choose what is read."
+    if root is None and not Path(path).resolve().is_relative_to(resolve(told)):
+        raise DataError(path, "root", f"{told}, in which this file does not lie", "root=FOLDER, if that is where its images are")
+    return resolve(root or told)
+
 def _read_parquet(path: str | os.PathLike, root: str | os.PathLike | None) -> dict:
     "Arguments of `Manifest`; DataError for whatever `to_parquet` does not write."
     import pyarrow.parquet as pq
@@ -236,6 +242,7 @@ def _read_parquet(path: str | os.PathLike, root: str | os.PathLike | None) -> di
         rows["flags"] = pd.Series([tuple(f) for f in rows["flags"]], dtype=object)
         name, grades, high = about["scale"]
         scale = Scale(str(name), *(tuple(map(str, part)) for part in (grades, high)))
-        return {"rows": rows, "root": resolve(root or about["root"]), "scale": scale,
+        return {"rows": rows, "root": _root(path, root, str(about["root"])), "scale": scale,
                 "source": str(about["source"]), "left_out": left_out_table(about["left_out"])}
+    except DataError: raise
     except Exception as e: raise DataError(path, "content", f"{type(e).__name__} ({e})", "a file written by Manifest.to_parquet") from e

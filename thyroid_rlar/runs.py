@@ -8,6 +8,7 @@ __all__ = ['PACKAGES', 'OUTPUTS', 'recorded_settings', 'changed_parameters', 'fo
            'make_trainer']
 
 # %% ../nbs/55_runs.ipynb #003
+import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,21 @@ import torch
 # %% ../nbs/55_runs.ipynb #005
 from .ddti import read_ddti
 from .evaluation import write_json
-from .files import DataError, code_digest, digest, held, hold, inside, read_json, read_parquet, remove, resolve, write_text, write_whole
+from thyroid_rlar.files import (
+    DataError,
+    code_digest,
+    digest,
+    fingerprint,
+    held,
+    hold,
+    inside,
+    read_json,
+    read_parquet,
+    remove,
+    resolve,
+    write_text,
+    write_whole,
+)
 from .folder import read_folder
 from .leakage import check_scaler, check_split_leaks
 from .loader import MISSING_GRADE, NoduleData, Prepared, Split, make_split, prepare
@@ -58,6 +73,8 @@ def changed_parameters(s: RunSettings, folder: Path) -> list[str]:
 
 def _check_folder(s: RunSettings, folder: Path) -> None:
     "Raise ParameterError when this run would go on with another one's weights, which may have seen the images to report, or overwrite it."
+    for name in ("latents", "checkpoint"):
+        if (folder / name).is_symlink(): raise ParameterError(f"out_dir: {name} in {folder} is a link, expected a folder: it is emptied")
     if not (folder / "params.json").is_file():
         if found := [path.name for pattern in OUTPUTS for path in folder.glob(pattern)]:
             raise ParameterError(f"out_dir: {folder} holds {found[0]} but no params.json, so it is no run's folder; expected another")
@@ -180,18 +197,22 @@ def trained_tasks(objective: Objective, run: RunData) -> list[str]:
     return tasks
 
 def split_table(run: RunData) -> pd.DataFrame:
-    "A row per image: image_id, case_id, group, its part of the split and its file's fingerprint, by which it is known again elsewhere."
+    "A row per image: image_id, case_id, group, its part of the split, its file's fingerprint, by which it is known again, and its labels'."
     m = run.manifest
     part = np.full(len(m), "", object)
     for name in ("train", "val", "test"): part[getattr(run.split, name)] = name
-    return m.rows[["image_id", "case_id", "group"]].assign(split=part, digest=[digest(inside(m.root, path)) for path in m.rows.image])
+    labels = zip(m.rows["mask"], m.rows.contours, run.data.grades)
+    labels = [json.dumps([mask and digest(inside(m.root, mask)), contours, int(grade)]) for mask, contours, grade in labels]
+    return m.rows[["image_id", "case_id", "group"]].assign(split=part, digest=[digest(inside(m.root, path)) for path in m.rows.image],
+                                                           labels=[fingerprint(text.encode())[:16] for text in labels])
 
 def check_split(split: pd.DataFrame, folder: Path) -> None:
-    "Raise ParameterError when images, cases or parts of a `split_table` differ from those that the run in the folder trained on."
+    "Raise ParameterError when images, labels, cases or parts of a `split_table` differ from those that the run in the folder trained on."
     path = folder / "split.parquet"
     before = read_parquet(path)
+    if "labels" not in before: split = split.drop(columns="labels")      # a run of before they were kept
     if split.astype(str).equals(before.astype(str)): return      # a file does not keep every type of column
-    raise ParameterError(f"the images, their cases or their split are not those of {path}, so the weights may have seen what is to be reported; "
+    raise ParameterError(f"the images, their labels, cases or split are not those of {path}, so the weights may have seen what is to be reported; "
                          "expected the same data, or a new run")
 
 # %% ../nbs/55_runs.ipynb #026
@@ -211,7 +232,7 @@ def make_trainer(s: RunSettings, run: RunData, folder: Path, callbacks: Sequence
     split = split_table(run)                                    # reads every image's file, so once
     if goes_on: check_split(split, folder)
     check_split_leaks(run.data.prepared, run.split, split.digest.to_numpy(str))
-    check_scaler(run.scaler, run.measured[[item.name for item in EVIDENCE]].to_numpy(float), run.split)
+    check_scaler(run.scaler, run.measured[[item.name for item in EVIDENCE]].to_numpy(float), run.split, run.data.evidence)
     trainer = Trainer(net, objective, run.data, run.split, fit, folder, make_rlar(s), callbacks, info)
     if trainer.accelerator.is_main_process:     # last: whatever fails before leaves an earlier run whole
         with held(folder): _begin(s, folder, None if goes_on else split)

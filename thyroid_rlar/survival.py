@@ -12,6 +12,7 @@ import os
 import random
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,19 +75,28 @@ def save_checkpoint(t) -> None:
     "Write checkpoint/state.pt (on the first process alone)."
     state = {name: part.state_dict() for name, part in _parts(t).items()}
     state |= {name: getattr(t, name) for name in NUMBERS}
-    state |= {"count": t.average.count, "steps": _steps_state(t.steps), "random": random_states()}
+    state |= {"count": t.average.count, "steps": _steps_state(t.steps), "random": random_states(),
+              "processes": t.accelerator.num_processes}
     if t.accelerator.is_main_process: write_whole(t.folder / CHECKPOINT, lambda part: torch.save(state, part))
     t.kept, t.saved = _stands(t), time.perf_counter()
+
+def _read_state(path: Path) -> dict:
+    with zipfile.ZipFile(path) as file:                        # PyTorch's own format; it does not look at the checksums in it
+        if damaged := file.testzip(): raise ValueError(f"{damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 def load_checkpoint(t) -> bool:
     "Go on where the folder's checkpoint stands; where there is none, say so. DataError for a damaged one, or one of another version."
     path = t.folder / CHECKPOINT
     if not path.is_file():
+        if t.schedule.last_epoch: raise TrainingStopped(f"resume: found no checkpoint in {t.folder}, but steps in this trainer; expected a new one")
         t.accelerator.print(f"resume: there is no checkpoint in {t.folder} yet, so the run begins at its start")
         return False
-    state = read_whole(path, lambda p: torch.load(p, map_location="cpu", weights_only=True))
-    if missing := {*_parts(t), *NUMBERS, "count", "steps", "random"} - state.keys():
+    state = read_whole(path, _read_state)
+    if missing := {*_parts(t), *NUMBERS, "count", "steps", "random", "processes"} - state.keys():
         raise DataError(path, "content", f"no {', '.join(sorted(missing))}", "a checkpoint of this version: begin the run anew, without `resume`")
+    if (n := state["processes"]) != t.accelerator.num_processes and state["epoch"] < t.settings.epochs:     # a finished run is only read
+        raise DataError(path, "processes", f"{t.accelerator.num_processes}", f"{n}, as it began: accelerate launch --num_processes {n}")
     for name, part in _parts(t).items(): part.load_state_dict(state[name])
     for name in NUMBERS: setattr(t, name, state[name])
     t.average.count = state["count"]
@@ -152,7 +162,8 @@ def check_finite(steps: pd.DataFrame, t, scaled: bool = False) -> None:
 def check_exploded(steps: pd.DataFrame, began: pd.DataFrame, t) -> None:
     "Raise TrainingStopped when a task's loss went beyond EXPLODED times its median over the run's first steps, naming the worst step and its images."
     names = [c for c in steps if c.startswith("loss_")]
-    ratio = steps[names] / began[names][:FIRST].median().replace(0, np.nan)          # a task without labels has a loss of 0
+    first = began[names].apply(lambda losses: losses[losses > 0][:FIRST].median())     # a batch without a task's labels has a loss of 0
+    ratio = steps[names] / first
     if not ratio.max().max() > EXPLODED: return
     name = ratio.max().idxmax()
     step = int(ratio[name].to_numpy().argmax())
