@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT', 'NO_CHECKPOINT', 'NUMBERS', 'EXPLODED', 'FIRST', 'random_states', 'set_random_states',
-           'be_deterministic', 'save_checkpoint', 'load_checkpoint', 'clear_parts', 'TrainingStopped', 'advised',
+           'be_deterministic', 'save_checkpoint', 'clear_parts', 'load_checkpoint', 'TrainingStopped', 'advised',
            'check_finite', 'check_exploded', 'flat_tasks', 'warn_of_flat_tasks', 'stop_together']
 
 # %% ../nbs/49_survival.ipynb #911e4bbe
@@ -80,6 +80,15 @@ def save_checkpoint(t) -> None:
     if t.accelerator.is_main_process: write_whole(t.folder / CHECKPOINT, lambda part: torch.save(state, part))
     t.kept, t.saved = _stands(t), time.perf_counter()
 
+def _stands(t) -> str:
+    place = f"after step {len(t.steps) - 1} of epoch {t.epoch}" if len(t.steps) else f"of epoch {t.epoch - 1}"
+    return f"The checkpoint {place} is kept."
+
+def clear_parts(folder: Path) -> None:
+    "Remove what a killed run had begun to write."
+    for part in [part for place in (".", CHECKPOINT.parent, "latents") for part in (folder / place).glob(".part-*")]: remove(part)
+
+# %% ../nbs/49_survival.ipynb #e6e6e11c
 def _read_state(path: Path) -> dict:
     with zipfile.ZipFile(path) as file:                        # PyTorch's own format; it does not look at the checksums in it
         if damaged := file.testzip(): raise ValueError(f"{damaged} is damaged")
@@ -105,14 +114,6 @@ def load_checkpoint(t) -> bool:
     t.log.load(t.epoch)
     t.kept = _stands(t)
     return True
-
-def _stands(t) -> str:
-    place = f"after step {len(t.steps) - 1} of epoch {t.epoch}" if len(t.steps) else f"of epoch {t.epoch - 1}"
-    return f"The checkpoint {place} is kept."
-
-def clear_parts(folder: Path) -> None:
-    "Remove what a killed run had begun to write."
-    for part in [part for place in (".", CHECKPOINT.parent, "latents") for part in (folder / place).glob(".part-*")]: remove(part)
 
 # %% ../nbs/49_survival.ipynb #f6429435
 class TrainingStopped(RuntimeError):
