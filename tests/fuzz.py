@@ -5,7 +5,7 @@ anything but a record, a flag or one of our own errors, takes a second of CPU ti
 
     python tests/fuzz.py --inputs 50000 --readers xml labels      # so many more of each
     python tests/fuzz.py --minutes 10                             # all readers in turn, in proportion to their shares
-    python tests/fuzz.py --atheris --minutes 10                   # guided by coverage: pip install atheris
+    python tests/fuzz.py --atheris --readers xml --inputs 100000  # guided by coverage, into fuzz_guided.json: pip install atheris
 """
 import argparse
 import gc
@@ -548,6 +548,7 @@ def batch(results: Path, name: str, n: int) -> None:
 
 def guided(results: Path, name: str, n: int) -> None:
     "So many inputs that atheris makes, guided by the branches that were reached; it ends the process."
+    if READERS[name].structured: raise SystemExit(f"{name}: takes values, not bytes; expected another reader with --atheris")
     atheris = importlib.import_module("atheris")
     seen, got = set(), dict(inputs=0, record=0, own=0, crash=0, slowest_s=0.0, memory_mb=0.0, seconds=0.0)
     corpus, before, start = WORK / "corpus", megabytes(), time.perf_counter()
@@ -561,7 +562,7 @@ def guided(results: Path, name: str, n: int) -> None:
         got[how] += 1
         got["slowest_s"] = max(got["slowest_s"], seconds)
         if error is not None: keep(name, data, error, seen)
-        if got["inputs"] == n: store(results, f"{name}_guided", got | {"memory_mb": megabytes() - before, "seconds": time.perf_counter() - start})
+        if got["inputs"] == n: store(results, name, got | {"memory_mb": megabytes() - before, "seconds": time.perf_counter() - start})
 
     for module in (folder, runs, sys.modules["thyroid_rlar.ddti"], sys.modules["thyroid_rlar.images"]):
         for value in list(vars(module).values()):
@@ -578,8 +579,9 @@ def main() -> None:
     asked.add_argument("--minutes", type=float, default=0, help="and no longer than this")
     asked.add_argument("--total", type=int, default=0, help="until so many inputs have been tried in all")
     asked.add_argument("--atheris", action="store_true", help="guided by coverage")
-    asked.add_argument("--results", type=Path, default=ROOT / "data" / "results" / "fuzz.json")
+    asked.add_argument("--results", type=Path, help="default: data/results/fuzz.json, with --atheris fuzz_guided.json")
     a = asked.parse_args()
+    a.results = a.results or ROOT / "data" / "results" / ("fuzz_guided.json" if a.atheris else "fuzz.json")
     torch.set_num_threads(1)
     warm_up(a.readers)
     if a.atheris: return guided(a.results, a.readers[0], a.inputs or 10_000)
