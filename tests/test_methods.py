@@ -96,7 +96,7 @@ def test_a_fused_optimiser_finds_gradients_where_it_looks(name):
         net.to(memory_format=torch.channels_last)
         train(net, make_objective(name, options()), batch, range(2), torch.optim.AdamW(net.parameters(), lr=0.01, fused=fused))
         ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
-    assert (ends[0] - ends[1]).abs().mean() < 1e-5        # where the gradient is but rounding, Adam's step may go either way
+    assert (ends[0] - ends[1]).abs().mean() < (1e-5 if EXACT else 1e-3)    # where a gradient is but rounding, Adam may step either way
 
 
 SCRIPT = """
