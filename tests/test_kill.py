@@ -136,18 +136,23 @@ def goes_on(run: Trainer, whole: pd.DataFrame) -> bool: return run.fit(resume=Tr
 class Cut(Exception): pass
 
 
+def cut_after(run: Trainer, steps: int) -> None:
+    "Let a run train so many steps, and no more."
+    left, real = iter([True] * steps), run.objective.backward
+
+    def backward(*step: object) -> object:
+        if not next(left, False): raise Cut
+        return real(*step)
+    run.objective.backward = backward
+    with pytest.raises(Cut): run.fit()
+
+
 @pytest.mark.parametrize("precision", PRECISIONS if DEVICE.type == "cuda" else ["fp32"])
 def test_a_run_cut_off_within_an_epoch_goes_on_the_same_on_each_device(tmp_path, data, precision):
     alone = trainer(tmp_path / "alone", data, precision=precision)
     history = alone.fit()
     cut = trainer(tmp_path / "cut", data, precision=precision, checkpoint_seconds=0)
-    steps, real = iter([True] * (len(cut.loader) + 2)), cut.objective.backward
-
-    def backward(*step: object) -> object:
-        if not next(steps, False): raise Cut
-        return real(*step)
-    cut.objective.backward = backward
-    with pytest.raises(Cut): cut.fit()
+    cut_after(cut, len(cut.loader) + 2)
     again = trainer(tmp_path / "cut", data, precision=precision)
     torch.manual_seed(1)                # the checkpoint brings its own state
     pd.testing.assert_frame_equal(again.fit(resume=True).drop(columns=TIMES), history.drop(columns=TIMES), check_exact=True)
@@ -191,7 +196,8 @@ def test_a_step_that_runs_out_of_memory_says_what_to_lower(tmp_path, data, whole
 
     def starve(t: Trainer) -> None: t.objective.backward = lambda *_: torch.empty(10**15)
     run.callbacks = at_epoch(1, starve)
-    expected = f"epoch 1, step 0: memory ran out on {DEVICE.type} .* with batch_size 4 and image_size 64x96. Lower .* checkpoint of epoch 0"
+    expected = (f"epoch 1, step 0: memory ran out on {DEVICE.type} .* with batch_size 4 and image_size 64x96. Lower batch_size first.* "
+                "checkpoint of epoch 0")
     with pytest.raises(TrainingStopped, match=expected): run.fit()
     assert goes_on(trainer(tmp_path, data), whole)
 
@@ -236,13 +242,7 @@ def test_another_number_of_processes_does_not_go_on(tmp_path, data, whole):
 
 def test_a_trainer_that_stopped_before_its_first_checkpoint_is_not_begun_twice(tmp_path, data):
     run = trainer(tmp_path, data)
-    real, steps = run.objective.backward, iter([True])
-
-    def backward(*step: object) -> object:
-        if not next(steps, False): raise Cut
-        return real(*step)
-    run.objective.backward = backward
-    with pytest.raises(Cut): run.fit()
+    cut_after(run, 1)
     with pytest.raises(TrainingStopped, match="but steps in this trainer; expected a new one"): run.fit(resume=True)
 
 
