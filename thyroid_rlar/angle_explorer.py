@@ -224,10 +224,6 @@ def build(self: AngleExplorer) -> widgets.Widget:
     return widgets.VBox([widgets.HBox([self.chooser(), c["where"], c["split"]]), widgets.HBox([c["method"], c["epoch"]]), self.note, self.fig])
 
 @patch
-def _clicked(self: AngleExplorer, _, points, state) -> None:
-    if len(points.point_inds): self.choose(row=self.run.rows[points.point_inds[0]])
-
-@patch
 def update(self: AngleExplorer, changed: set[str]) -> None:
     for name, control in self.controls.items():
         if name in changed: control.value = getattr(self.state, name)

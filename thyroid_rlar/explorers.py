@@ -219,6 +219,11 @@ def view(self: Explorer) -> widgets.Widget:
         self._view.add_class("rlar-explorer")
     return self._view
 
+@patch
+def _clicked(self: Explorer, _, points, state) -> None:
+    "The nodule of a point becomes the chosen one, in figures with a point for each row of the run."
+    if len(points.point_inds): self.choose(row=self.run.rows[points.point_inds[0]])
+
 # %% ../nbs/80_explorers.ipynb #9496fa5d
 @patch
 def walk(self: Explorer, steps: int) -> None:

@@ -213,10 +213,6 @@ def _build_map(self: LatentExplorer) -> widgets.Widget:
     return widgets.VBox([widgets.HBox([method, color]), self.note, self.map_fig])
 
 @patch
-def _clicked(self: LatentExplorer, _, points, state) -> None:
-    if len(points.point_inds): self.choose(row=self.run.rows[points.point_inds[0]])
-
-@patch
 def _lassoed(self: LatentExplorer, _, points, selector) -> None:
     self.choose(picked=tuple(self.run.rows[k] for k in points.point_inds))
 
