@@ -219,6 +219,7 @@ def view(self: Explorer) -> widgets.Widget:
         self._view.add_class("rlar-explorer")
     return self._view
 
+# %% ../nbs/80_explorers.ipynb #532a61b8
 @patch
 def _clicked(self: Explorer, _, points, state) -> None:
     "The nodule of a point becomes the chosen one, in figures with a point for each row of the run."
