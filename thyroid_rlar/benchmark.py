@@ -264,7 +264,7 @@ def growth_figure(table: pd.DataFrame) -> Figure:
         for ax in column: ax.grid(alpha=0.3)
     for row in axes: row[0].set_ylim(bottom=0)               # shared, so when all is drawn
     axes[0, 0].set_ylabel("multiple of the plain sum"); axes[1, 0].set_ylabel(f"{clock.replace('cpu', 'CPU')} seconds a step")
-    axes[0, 0].legend(fontsize=8)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncol=len(COLOURS), fontsize=8)
     return fig
 
 # %% ../nbs/70_benchmark.ipynb #8241c69f
