@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 
 from thyroid_rlar import benchmark, dial, folder, interference, latent, loader, network, opened, parameters, predictions, radiomics, readers, runs
 from thyroid_rlar.calculator import calculation_html, calculation_of
-from thyroid_rlar.ddti import FLAGS, clean_regions, read_case, read_regions
+from thyroid_rlar.ddti import FLAGS, clean_regions, read_case, read_ddti, read_regions
 from thyroid_rlar.files import DataError, read_json, read_parquet, read_whole, write_text
 from thyroid_rlar.images import examine, fill_contours, read_gray, read_mask
 from thyroid_rlar.latent_figures import as_csv
@@ -178,6 +178,28 @@ def read_xml(data: bytes) -> None:
     case = read_case(put("xml/7.xml", data))
     assert case.flags <= set(FLAGS)
     for svgs in case.svgs.values(): check_contours([region for svg in svgs for region in read_regions(svg)[0]])
+
+
+def ddti_folders() -> list[bytes]:
+    "Name of a file -> its bytes, as Latin-1."
+    noise = np.random.default_rng(0).integers(0, 255, SHAPE, dtype=np.uint8)
+    files = {f"7_{k}.jpg": as_bytes(lambda f, k=k: Image.fromarray(noise[::-1 if k > 1 else 1]).save(f, "JPEG", quality=20)) for k in (1, 2)}
+    files |= {"7.xml": XML[0].encode(), "8.xml": XML[1].replace("<number>7", "<number>8").encode(), "8_1.jpg": files["7_1.jpg"]}
+    return [json.dumps({name: data.decode("latin-1") for name, data in files.items()}).encode()]
+
+
+def read_ddti_folder(data: bytes) -> None:
+    "Files with odd names or contents beside each other, as a whole data set."
+    files, path = json.loads(data), WORK / "ddti"
+    path.mkdir(exist_ok=True)
+    for old in path.iterdir(): old.unlink()
+    for name, content in files.items() if isinstance(files, dict) else ():
+        if name.strip(".") and "/" not in name and "\0" not in name and len(name.encode("utf-8", "replace")) < 200:
+            (path / name.encode("utf-8", "replace").decode()).write_bytes(str(content).encode("latin-1", "replace"))
+    manifest = read_ddti(path, verbose=False)
+    manifest._repr_markdown_(), manifest.to_parquet(WORK / "ddti.parquet")
+    assert len(Manifest.from_parquet(WORK / "ddti.parquet", root=path)) == len(manifest) <= len(files)
+    for i in range(len(manifest)): assert manifest.load(i)[0].dtype == np.uint8
 
 
 TABLES = [b"image,case,grade\na.png,1,TR4\nb.png,2,TR2\n",
@@ -423,20 +445,24 @@ CODES = (b"Case ID,Nodule Number,Size (cm),a Composition,a Echogenicity,a Shape,
          b"1,1,1.5,2,1,0,0,1,0,0,0,0,3,3,0\n2,1,0.7,2,2,3,2,0,0,1,0,1,9,5,1\n")
 
 READERS = {
-    "svg": Reader(lambda: [s.encode() for s in SVG], read_svg, 220),
+    "svg": Reader(lambda: [s.encode() for s in SVG], read_svg, 180),
+    "regions": Reader(lambda: [s.encode() for s in SVG], read_svg, 50, True),
     "xml": Reader(lambda: [x.encode() for x in XML], read_xml, 90),
+    "ddti": Reader(ddti_folders, read_ddti_folder, 20, True),
     "labels": Reader(lambda: TABLES, read_labels, 60),
     "picture": Reader(pictures, read_picture, 35),
     "parameters": Reader(lambda: [json.dumps(PARAMETERS).encode()], read_parameters, 60, True),
     "other_parameters": Reader(lambda: [json.dumps([name, make()]).encode() for name, (_, make) in OTHERS.items()], read_others, 60, True),
-    "params_json": Reader(lambda: [json.dumps({"parameters": PARAMETERS}).encode()], read_params, 110),
-    "model_json": Reader(model_json, read_model_json, 110),
+    "params_json": Reader(lambda: [json.dumps({"parameters": PARAMETERS}).encode()], read_params, 70),
+    "params_values": Reader(lambda: [json.dumps({"parameters": PARAMETERS}).encode()], read_params, 50, True),
+    "model_json": Reader(model_json, read_model_json, 70),
     "model_values": Reader(model_json, read_model_json, 40, True),
     "dicom": Reader(dicoms, read_dicom, 4),
     "weights": Reader(weights, read_weights, 90),
     "checkpoint": Reader(checkpoints, read_checkpoint, 6),
     "latents": Reader(arrays, read_latents, 6),
-    "index": Reader(indices, read_index, 100),
+    "index": Reader(indices, read_index, 60),
+    "index_values": Reader(indices, read_index, 40, True),
     "confusion": Reader(lambda: [*confusion_table(), CODES], read_confusion, 2),
     "tables": Reader(tables, read_tables, 2),
     "manifest": Reader(manifests, read_manifest, 3),

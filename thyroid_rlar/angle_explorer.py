@@ -143,6 +143,7 @@ _RUNS = (BLUE, ORANGE, GREEN, PURPLE, SKY, "#8C6D31")
 _TITLES = ("", "", "excess: E solid, E0 dashed", "strength (|λ grad R| / |grad of the tasks|)",
            "gradient norm at z: segmentation solid, grade dashed", "skip ratio (share of the gradient through z)")
 
+_AXIS = dict(title_standoff=4, title_font_size=13)
 _LOG = dict(tickvals=(ticks := [float(f"{m}e{e}") for e in range(-9, 4) for m in (1, 2, 5)]), ticktext=[f"{t:g}" for t in ticks])
 
 def _fade(color: str, opacity: float) -> str: return f"rgba({', '.join(str(int(color[k:k + 2], 16)) for k in (1, 3, 5))}, {opacity})"
@@ -175,7 +176,7 @@ def static(self: AngleExplorer) -> go.Figure:
     fig.update_layout(template=TEMPLATE, height=820, width=860, uirevision="angles", margin=dict(l=60, r=20, t=70, b=50))
     self._say_what(fig)
     self._dress_axes(fig, drawn)
-    return fig.update_annotations(font_size=13).update_xaxes(title_standoff=4).update_yaxes(title_standoff=4)
+    return fig.update_annotations(font_size=13).update_xaxes(**_AXIS).update_yaxes(**_AXIS)
 
 # %% ../nbs/84_angle_explorer.ipynb #97955d9e
 @patch
@@ -184,7 +185,7 @@ def _say_what(self: AngleExplorer, fig: go.Figure) -> None:
     s = self.state
     fig.layout.annotations[0].text = f"task cosine ({s.where}, {'validation' if s.split == 'val' else 'training'})"
     low, *_, high = self.run.scale.grades
-    kept = f"latent space at epoch {s.epoch}, reader's grade dark ({low}) to yellow ({high})"
+    kept = f"latent space, epoch {s.epoch}: grade {low} dark to {high} yellow"
     fig.layout.annotations[1].text = kept if s.epoch >= 0 else "latent space: none was kept"
 
 @patch
@@ -197,7 +198,7 @@ def _dress_axes(self: AngleExplorer, fig: go.Figure, drawn: LatentMap) -> None:
     at = drawn.before if len(drawn.before) else drawn.now
     for update, axis, title in ((fig.update_xaxes, "x", drawn.axes[0]), (fig.update_yaxes, "y", drawn.axes[1])):
         low, high = at[axis].min(), at[axis].max()
-        edge = 0.06 * (high - low) or 1.0
+        edge = 0.1 * (high - low) or 1.0                 # room for the ring around a chosen point
         title = as_text(title.replace(" of the variance", ""))
         update(range=[float(low - edge), float(high + edge)], title_text=title, row=1, col=2)
 

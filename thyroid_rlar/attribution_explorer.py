@@ -68,7 +68,7 @@ UNITS = {"mask": "logit", "grade": "log-probability", "next": "log-odds", "evide
 def unit(a: Attribution) -> str:
     "Unit of a map's values."
     m, of = a.method, UNITS[a.target.kind]
-    if m.name == "grad_cam": return f"{of}, per place × its number"
+    if m.name == "grad_cam": return f"{of} × number of places"
     if m.name == "occlusion": return f"{of}, fall when covered"
     return f"{of} per unit of grey" if m.name == "noise_tunnel" and m.over == "saliency" else f"{of} per pixel"
 
@@ -148,6 +148,7 @@ def fill_bars(fig: go.Figure, shares: pd.DataFrame | None, title: str) -> None:
     "Shares by region, beside those of an even spread, and how dense the attribution is against that."
     bars, even = fig.data[-2:]
     fig.layout.annotations[_columns(fig)].text = title or " "
+    for axis in (bars.xaxis, bars.yaxis): fig.layout[f"{axis[0]}axis{axis[1:]}"].visible = shares is not None
     if shares is None:
         for trace in (bars, even): trace.update(x=[], y=[])
         return
@@ -282,8 +283,7 @@ def panels(self: AttributionExplorer) -> list[Panel]:
 
 def _title(name: str, a: Attribution) -> str:
     if a.delta != a.delta: return f"{name}<br> "
-    share = f" ({100 * abs(a.delta / a.difference):.1f} %)" if a.difference else ""
-    return f"{name}<br>convergence delta {_number(a.delta)}{share}"
+    return f"{name}<br>convergence delta {f'{100 * abs(a.delta / a.difference):.2g} %' if a.difference else _number(a.delta)}"
 
 @patch
 def fill(self: AttributionExplorer, fig: go.Figure) -> None:
@@ -311,7 +311,7 @@ def build(self: AttributionExplorer) -> widgets.Widget:
                                          layout=dict(flex="0 0 235px"))
     self._detail = widgets.ToggleButtons(options={text: name for name, text in DETAILS.items()}, style=dict(button_width="150px"),
                                          layout=dict(flex="0 0 475px"))
-    self._bar, self._doing = widgets.IntProgress(layout=dict(width="150px", visibility="hidden")), widgets.Label("")
+    self._bar, self._doing = widgets.IntProgress(layout=dict(width="90px", visibility="hidden")), widgets.Label("")
     self.fig, self.facts = self.figure(frame(self.run.image(self.state.row).shape, max(4, len(self.methods)))), widgets.HTML()
     for name in self._controls: self.observe(getattr(self, f"_{name}"), lambda value, name=name: self.choose(**{name: value}))
     choices, looks = (self.chooser(), self._target, self._method), (self._signed, self._detail, self._bar, self._doing)
