@@ -1,17 +1,20 @@
 """Two processes on the CPU (gloo) train one network between them."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from machine import free_port
+from nbclient import NotebookClient
 from safetensors.torch import load_file
 
 from thyroid_rlar.files import project_root
@@ -125,10 +128,17 @@ def test_where_one_must_stop_both_do(tmp_path):
     assert "another process" in first and "step 0: loss_seg nan on images" in second
 
 
+def values(out: Path) -> dict[str, object]:
+    "Parameters of a run on a copy of the phantoms beside it, whose images are not prepared yet."
+    data = out.parent / f"{out.name}-data"
+    if not data.exists(): shutil.copytree(ROOT / "data/phantom", data)
+    return dict(source="folder", data_dir=str(data), device="cpu", image_size="32x64", epochs=3, batch_size=4, folds=3, freeze_norm=True,
+                out_dir=str(out))
+
+
 def launched(out: Path, *more: object) -> subprocess.Popen:
-    "A run in two processes on the CPU, as a user starts it."
-    values = dict(device="cpu", phantom_images=48, image_size="32x64", epochs=3, batch_size=4, folds=3, freeze_norm=True, out_dir=out)
-    asked = [str(part) for name, value in values.items() for part in ("-p", name, value)]
+    "A run in two processes on the CPU, as a user starts it from a shell."
+    asked = [str(part) for name, value in values(out).items() for part in ("-p", name, value)]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port()),
                "-m", "thyroid_rlar.launch", *asked, *map(str, more)]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -139,12 +149,26 @@ def workers(launcher: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="processes are found through pgrep")
-def test_a_launched_run_whose_process_dies_ends_and_goes_on_to_the_same_end(tmp_path):
-    whole = launched(tmp_path / "whole")
-    said, _ = whole.communicate(timeout=300)
-    assert whole.returncode == 0 and "Trained: " in said, said[-3000:]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    "The folder of a run that was launched, and ended."
+    launcher = launched(folder := tmp_path_factory.mktemp("launched") / "whole")
+    said, _ = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0 and "Trained: " in said, said[-3000:]
+    return folder
 
+
+def test_a_notebook_launches_the_same_run(tmp_path, whole):
+    call = f"notebook_launcher(train_run, ({values(tmp_path / 'run')!r},), num_processes=2, use_port='{free_port()}')"
+    cell = f"from accelerate import notebook_launcher\nfrom thyroid_rlar.launch import train_run\n{call}"
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    NotebookClient(nb, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    ends = [load_file(folder / "model.safetensors") for folder in (tmp_path / "run", whole)]
+    assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found through pgrep")
+def test_a_launched_run_whose_process_dies_ends_and_goes_on_to_the_same_end(tmp_path, whole):
     killed = launched(tmp_path / "killed")
     while not (tmp_path / "killed/checkpoint/state.pt").is_file() and killed.poll() is None: time.sleep(0.02)
     both = workers(killed)
@@ -156,9 +180,9 @@ def test_a_launched_run_whose_process_dies_ends_and_goes_on_to_the_same_end(tmp_
     again = launched(tmp_path / "killed", "-p", "resume", True)
     said, _ = again.communicate(timeout=300)
     assert again.returncode == 0, said[-3000:]
-    ends = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed")]
+    ends = [load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "killed")]
     assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
-    epochs = [pd.read_parquet(tmp_path / name / "history.parquet").query("kind == 'epoch' and split == 'val'") for name in ("whole", "killed")]
+    epochs = [pd.read_parquet(folder / "history.parquet").query("kind == 'epoch' and split == 'val'") for folder in (whole, tmp_path / "killed")]
     assert epochs[1].epoch.tolist() == [0, 1, 2] and epochs[0].loss_seg.tolist() == epochs[1].loss_seg.tolist()
 
 

@@ -309,8 +309,8 @@ def build(self: AttributionExplorer) -> widgets.Widget:
                                   for name, options in (("target", self.targets), ("method", self.methods)))
     self._signed = widgets.ToggleButtons(options={"signed": True, "magnitude": False}, style=dict(button_width="110px"),
                                          layout=dict(flex="0 0 235px"))
-    self._detail = widgets.ToggleButtons(options={text: name for name, text in DETAILS.items()}, style=dict(button_width="150px"),
-                                         layout=dict(flex="0 0 475px"))
+    self._detail = widgets.ToggleButtons(options={text: name for name, text in DETAILS.items()}, style=dict(button_width="130px"),
+                                         layout=dict(flex="0 0 415px"))
     self._bar, self._doing = widgets.IntProgress(layout=dict(width="90px", visibility="hidden")), widgets.Label("")
     self.fig, self.facts = self.figure(frame(self.run.image(self.state.row).shape, max(4, len(self.methods)))), widgets.HTML()
     for name in self._controls: self.observe(getattr(self, f"_{name}"), lambda value, name=name: self.choose(**{name: value}))

@@ -13,6 +13,7 @@ from pathlib import Path
 # %% ../nbs/57_launch.ipynb #26dc9fea
 from accelerate import PartialState
 from fastcore.imports import IN_NOTEBOOK
+from joblib.externals.loky import get_reusable_executor
 
 # %% ../nbs/57_launch.ipynb #b1535a54
 from .files import DataError
@@ -27,6 +28,7 @@ def train_run(values: Mapping[str, object]) -> Path:
     state = PartialState(cpu=s.device == "cpu")
     folder = run_folder(s) if state.is_main_process else folder_of(s)
     with state.main_process_first(): run = load_data(s, open_source(s, progress=state.is_main_process), progress=state.is_main_process)
+    get_reusable_executor().shutdown()         # those who prepared the images: a process that a notebook forked would wait five minutes for them
     if (batches := len(run.split.train) // s.batch_size) < state.num_processes:
         raise ParameterError(f"batch_size: found {s.batch_size}, which makes {batches} batches of {len(run.split.train)} training images; "
                              f"expected one for each of {state.num_processes} processes")
