@@ -47,7 +47,7 @@ test: env  ## install what is missing, then run every notebook's tests and pytes
 	echo '== notebooks (nbdev_test)'; \
 	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing || notebooks=FAILED; \
 	echo '== tests (pytest)'; \
-	$(BIN)/python -m pytest tests -q || tests=FAILED; \
+	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder || tests=FAILED; \
 	echo "== notebooks: $$notebooks; tests: $$tests"; \
 	[ $$notebooks = passed ] && [ $$tests = passed ]
 
