@@ -1022,6 +1022,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/thyroid_rlar', 'doc_host':
                                          'thyroid_rlar.objectives._Heads': ('objectives.html#_heads', 'thyroid_rlar/objectives.py'),
                                          'thyroid_rlar.objectives._Heads.__init__': ( 'objectives.html#_heads.__init__',
                                                                                       'thyroid_rlar/objectives.py'),
+                                         'thyroid_rlar.objectives._Heads.direction': ( 'objectives.html#_heads.direction',
+                                                                                       'thyroid_rlar/objectives.py'),
                                          'thyroid_rlar.objectives._accumulate': ( 'objectives.html#_accumulate',
                                                                                   'thyroid_rlar/objectives.py'),
                                          'thyroid_rlar.objectives._align': ('objectives.html#_align', 'thyroid_rlar/objectives.py'),

@@ -106,8 +106,7 @@ def _try_encoder(encoder: nn.Module, name: str) -> None:
 # %% ../nbs/30_network.ipynb #75abc5ba
 def _norm(channels: int) -> nn.Module:
     "Per-sample norm: groups of 8 channels or more that divide the width."
-    groups = next(g for g in (8, 4, 2, 1) if channels % g == 0)
-    return nn.GroupNorm(groups, channels)
+    return nn.GroupNorm(next(g for g in (8, 4, 2, 1) if channels % g == 0), channels)
 
 # %% ../nbs/30_network.ipynb #bacde7e4
 def _correlate(g: Tensor, x: Tensor, w: Tensor, inputs: bool, weights: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -242,11 +241,11 @@ class RiskHead(nn.Module):
         self.guided = settings.embedding // 2                # the first half answers for the evidence
         self.evidence = nn.Linear(self.guided, settings.evidence) if settings.evidence else None
         self.dropout = nn.Dropout(settings.dropout)
-        head = OrdinalHead if settings.ordinal else nn.Linear
-        self.grade = head(settings.embedding, settings.grades)
+        self.grade = (OrdinalHead if settings.ordinal else nn.Linear)(settings.embedding, settings.grades)
 
-    def forward(self, z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        embedding = self.embed(self.pool(z, valid)[0])
+    def forward(self, z: Tensor, valid: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        pooled = self.pool(z, valid)[0]                      # of a shift of z everywhere the softmax sees nothing, so the means shift with it
+        embedding = self.embed(pooled if shift is None else pooled + shift.repeat(1, pooled.shape[1] // self.width))
         evidence = self.evidence(embedding[:, :self.guided]) if self.evidence else embedding[:, :0]
         return self.grade(self.dropout(embedding)), evidence, embedding
 
@@ -279,7 +278,8 @@ class _SmpRisk(nn.Module):
         super().__init__()
         self.head = head
 
-    def forward(self, z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, z: Tensor, valid: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        z = z if shift is None else z + shift[:, :, None, None]
         pooled = z.mean((2, 3))
         return self.head(z), pooled[:, :0], pooled
 
@@ -324,8 +324,7 @@ class MultitaskNet(nn.Module):
     def __init__(self, settings: NetworkSettings, pretrained: str = "bundled"):
         super().__init__()
         self.settings = settings
-        build = smp_parts if settings.network == "smp_unet" else _own_parts
-        self.encoder, self.fuse, self.mask, self.risk = build(settings, pretrained)
+        self.encoder, self.fuse, self.mask, self.risk = (smp_parts if settings.network == "smp_unet" else _own_parts)(settings, pretrained)
         self.rotations = nn.ModuleDict({task: Rotation(self.risk.width) for task in ("seg", "risk")}) if settings.rotate else None
 
     def train(self, mode: bool = True) -> "MultitaskNet":
@@ -349,11 +348,12 @@ class MultitaskNet(nn.Module):
         "Mask logits (B,1,H,W) from z and the features that bypass it."
         return self.mask(z if self.rotations is None else self.rotations["seg"](z), features, size)
 
-    def classify(self, z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "Grade logits (B,K), evidence (B,R) and embedding (B,D) from z alone; always in float32 or better."
+    def classify(self, z: Tensor, valid: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        "Grade logits (B,K), evidence (B,R) and embedding (B,D) from z alone, or z with `shift` (B,C) added everywhere; always in float32 or better."
         with torch.autocast(z.device.type, enabled=False):
             z = z if z.dtype == torch.float64 else z.float()
-            return self.risk(z if self.rotations is None else self.rotations["risk"](z), valid)
+            turn = self.rotations["risk"] if self.rotations else nn.Identity()
+            return self.risk(turn(z), valid, None if shift is None else turn(shift[:, :, None, None]).flatten(1))
 
     def forward(self, image: Tensor, valid: Tensor | None = None) -> Output:
         valid = torch.ones_like(image, dtype=torch.bool) if valid is None else valid

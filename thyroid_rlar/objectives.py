@@ -149,16 +149,21 @@ def _report(losses: TaskLosses, means: dict[str, Tensor], alignment: Alignment |
 # %% ../nbs/45_objectives.ipynb #022
 class _Heads:
     "The heads' graph on some rows of a batch, cut from the encoder at z."
-    def __init__(self, net: MultitaskNet, batch: dict, shared: list[Tensor], rows: Tensor | None, context: StepContext):
+    def __init__(self, net: MultitaskNet, batch: dict, shared: list[Tensor], rows: Tensor | None, context: StepContext, pooled: bool = False):
         pick = lambda t: t if rows is None else t[rows]
         self.net, self.shared, self.rows = net, shared, rows
         self.leaves = [pick(t.detach()).requires_grad_() for t in shared]
         self.batch = batch = {k: pick(v) for k, v in batch.items()}
         z, *features = self.leaves
+        self.shift = z.new_zeros(z.shape[:2], dtype=torch.promote_types(z.dtype, torch.float32)).requires_grad_() if pooled else None
         with context.autocast():
             output = Output(features, z, net.segment(z, features, tuple(batch["image"].shape[-2:])),
-                            *net.classify(z, batch["valid"]))
+                            *net.classify(z, batch["valid"], self.shift))
         self.losses = task_losses(output, batch)
+
+    def direction(self, loss: Tensor) -> Tensor:
+        "Gradient of a loss of the risk head that can be differentiated: at z, or pooled, which is that of a shift of z everywhere."
+        return torch.autograd.grad(loss, self.leaves[0] if self.shift is None else self.shift, create_graph=True)[0]
 
 
 # %% ../nbs/45_objectives.ipynb #023
@@ -203,18 +208,14 @@ def _regularised(part: _Heads, objective: "RLARObjective", counts: dict[str, Ten
     seg = [*part.leaves, *part.net.mask.parameters()]
     risk = [part.leaves[0], *part.net.risk.parameters()]
     g_seg = torch.autograd.grad(weights["seg"] * means["seg"] * scale, seg, create_graph=rlar.mode != "one_sided")
-    g_risk = torch.autograd.grad(weights["risk"] * means["risk"] * scale, risk, create_graph=True, allow_unused=True)
-    g_evidence, evidence = [], weights["evidence"] * means["evidence"]
-    differentiated = any("evidence" in pair for pair in objective.pairs)
-    if evidence.requires_grad:
-        g_evidence = torch.autograd.grad(evidence * scale, risk, retain_graph=True, create_graph=differentiated, allow_unused=True)
-    at_z = dict(zip(TASKS, [g[0] for g in (g_seg, g_risk, g_evidence) if g]))
+    losses = {task: weights[task] * means[task] * scale for task in ("risk", "evidence") if means[task].requires_grad}
+    g_risk = torch.autograd.grad(sum(losses.values()), risk, retain_graph=True, allow_unused=True)
+    compared = {"risk"} | {task for pair in objective.pairs for task in pair}
+    at_z = {"seg": g_seg[0]} | {task: part.direction(loss) for task, loss in losses.items() if task in compared}
     alignment = _align(objective, at_z, part, {pair: count * share for pair, count in counts.items()})
     everything = [*seg, *risk[1:]]
     g_penalty = torch.autograd.grad(alignment.penalty * scale, everything, allow_unused=True)
-    first, *rest = (g.detach() for g in at_z.values())
-    tasks = first + rest.pop(0)
-    for g in rest: tasks += g                                  # in place: z is large, and fresh memory takes longer than the sum
+    tasks = g_seg[0].detach() + g_risk[0]
     def upstream() -> tuple[Tensor, Tensor]:
         both = (tasks, *g_seg[1:]), [None if g is None else g * share for g in g_penalty]
         return tuple(context.reduce(_upstream(part, g)) for g in both)
@@ -222,7 +223,7 @@ def _regularised(part: _Heads, objective: "RLARObjective", counts: dict[str, Ten
     weight = objective.weight.update(tasks, at_penalty, context.reduce, upstream)
     part.leaves[0].grad = tasks.addcmul_(g_penalty[0], weight)
     g_penalty = [None, *(None if g is None else weight * g for g in g_penalty[1:])]
-    for tensors, gradients in ((seg, g_seg), (risk, g_risk), (risk, g_evidence), (everything, g_penalty)): _accumulate(tensors[1:], gradients[1:])
+    for tensors, gradients in ((seg, g_seg), (risk, g_risk), (everything, g_penalty)): _accumulate(tensors[1:], gradients[1:])
     return alignment, weight
 
 # %% ../nbs/45_objectives.ipynb #f87e4aba
@@ -304,7 +305,7 @@ class RLARObjective(Objective):
         self.weight.factor = ramp(self.progress, *self.ramp)
         with context.autocast(): z, features = net.encode(batch["image"])
         shared = [z, *features]
-        parts = [_Heads(net, batch, shared, rows, context) for rows in self._rows(len(z), z.device)]
+        parts = [_Heads(net, batch, shared, rows, context, self.rlar.where == "pooled") for rows in self._rows(len(z), z.device)]
         losses = _in_order(parts)
         counts = _counts(losses, context)
         share = len(parts[0].losses.seg) / len(z)              # below 1 in `half`: R stays the mean over all images in expectation
