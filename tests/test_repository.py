@@ -29,6 +29,7 @@ NOT_IMPORTED = {
     "ipywidgets": "progress bars in a notebook",
     "jupyterlab": "make lab",
     "nbdev": "make prepare, nbdev_test",
+    "pytest-xdist": "make test",
     "papermill": "make run",
     "execnb": "a bound on nbdev's own requirement",
     "ghapi": "a bound on nbdev's own requirement",
