@@ -12,6 +12,7 @@ import ctypes
 import gc
 import os
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,7 @@ async def exploring(folder: Path, minutes: float, readings: list[dict]) -> None:
         if act: act()
         done += act is not None
         await asyncio.sleep(0.01)
+        while act is None and any("ThreadPoolExecutor" in thread.name for thread in threading.enumerate()): await asyncio.sleep(0.1)   # ends its step
         minute = int((time.perf_counter() - start) / 60)
         if act is None or not readings or minute > readings[-1]["at"]:
             readings.append({"at": minute, "events": done, "closed": act is None, "seconds": time.perf_counter() - start} | reading())

@@ -1,10 +1,12 @@
 """A run that is killed, starved or cut off goes on where it was, or says what to do; its last checkpoint stays whole."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +223,34 @@ def test_a_checkpoint_of_another_version_or_a_damaged_one_is_named(tmp_path, dat
         with pytest.raises(DataError, match=match): trainer(tmp_path, data).fit(resume=True)
 
 
+CHANGES = {"net": None, "optimizer": {}, "schedule": [], "epoch": -5, "best": {}, "steps": {}, "random": "x", "objective": 3}
+
+
+@pytest.fixture(scope="module")
+def saved(data, tmp_path_factory) -> Path:
+    "The folder of a finished run of one epoch."
+    trainer(folder := tmp_path_factory.mktemp("saved"), data, epochs=1).fit()
+    return folder
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_checkpoint_of_any_values_ends_in_a_sentence(tmp_path, data, saved, name):
+    shutil.copytree(saved, tmp_path / "run")
+    path = tmp_path / "run" / CHECKPOINT
+    torch.save(torch.load(path, weights_only=True) | {name: CHANGES[name]}, path)
+    with pytest.raises(DataError, match="state.pt: content"): trainer(tmp_path / "run", data, epochs=2).fit(resume=True)
+
+
+def test_a_checkpoint_that_is_no_dictionary_or_packed_is_refused(tmp_path, data, saved):
+    shutil.copytree(saved, tmp_path / "run")
+    path = tmp_path / "run" / CHECKPOINT
+    with zipfile.ZipFile(saved / CHECKPOINT) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for part in old.namelist(): new.writestr(part, old.read(part))
+    with pytest.raises(DataError, match="packed"): trainer(tmp_path / "run", data, epochs=2).fit(resume=True)
+    torch.save([1, 2], path)
+    with pytest.raises(DataError, match="a list"): trainer(tmp_path / "run", data, epochs=2).fit(resume=True)
+
+
 def test_one_wrong_bit_in_a_checkpoint_is_noticed(tmp_path, data):
     trainer(tmp_path, data, epochs=1).fit()
     path = tmp_path / CHECKPOINT
@@ -261,3 +291,23 @@ def test_a_curve_that_is_flat_from_the_start_is_warned_of(tmp_path, data):
     with warnings.catch_warnings(), pytest.raises(UserWarning, match=r"nothing was learned of .*(seg|risk) \(loss .* too low \(found 1e-08\)"):
         warnings.filterwarnings("error", message="after 2 of 3 epochs")        # the rest need not be trained
         run.fit()
+
+
+def test_it_is_warned_of_too_where_validation_ends_the_run(tmp_path, data):
+    run = trainer(tmp_path, data, epochs=40, patience=2, batch_size=1, learning_rate=1e-8)
+    run.objective.weights["risk"] = 0.0
+    with pytest.warns(UserWarning, match=r"after \d of 40 epochs nothing was learned of .*seg"): run.fit()
+
+
+@pytest.mark.parametrize("value, epoch", [(np.inf, 0), (np.nan, 1)])
+def test_a_watched_loss_that_is_no_number_stops_the_run_before_it_is_kept(tmp_path, data, value, epoch):
+    run = trainer(tmp_path, data)
+    watch = run.watch
+
+    def spoil(net, number):
+        summary, nodules, z = watch(net, number)
+        return summary, nodules.assign(loss_seg=nodules.loss_seg if number < epoch else value), z
+    for name in ("parts", "data", "rlar", "strength"): setattr(spoil, name, getattr(watch, name))
+    run.watch = spoil
+    with pytest.raises(TrainingStopped, match=rf"epoch {epoch}: loss_seg is no finite number on \d+ watched images, as \['"): run.fit()
+    assert (tmp_path / CHECKPOINT).exists() == (epoch > 0) == (tmp_path / "model.safetensors").exists()

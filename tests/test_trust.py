@@ -9,6 +9,7 @@ import struct
 import time
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless, UltrasoundImageStorage
 
+from thyroid_rlar import latent, opened, predictions
 from thyroid_rlar.ddti import MAX_XML, clean_regions, read_case, read_ddti, self_intersects
 from thyroid_rlar.files import MAX_CELLS, DataError, read_json, read_parquet, read_whole
 from thyroid_rlar.folder import MAX_ROWS, MAX_TABLE, read_folder, read_table
@@ -29,7 +31,7 @@ from thyroid_rlar.images import MAX_PIXELS, examine, read_gray
 from thyroid_rlar.latent import saved_latents
 from thyroid_rlar.latent_figures import as_csv, thumbnail
 from thyroid_rlar.network import MultitaskNet, NetworkSettings, load_model, save_model
-from thyroid_rlar.parameters import ParameterError, check_parameters, read_size
+from thyroid_rlar.parameters import ParameterError, RunSettings, check_parameters, read_size
 from thyroid_rlar.records import MAX_POINTS, Manifest, left_out_table
 from thyroid_rlar.report import write_report
 from thyroid_rlar.runs import recorded_settings
@@ -368,3 +370,40 @@ def test_every_attack_has_a_row_and_every_row_a_test():
     for attack, happens, file, test in rows:
         assert happens and (ROOT / "tests" / file).exists(), f"{attack}: no file tests/{file}"
         assert re.search(rf"^def {test}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE), f"{attack}: no {test} in {file}"
+
+
+def test_links_in_a_strangers_run_lead_nowhere(tmp_path):
+    run, ours = tmp_path / "run", tmp_path / "ours"
+    run.mkdir(), ours.mkdir()
+    for name in ("model.json", "model.safetensors", "params.json", "split.parquet"): (run / name).write_text("{}")
+    for name, check in (("evaluation", predictions.check_evaluation), ("explore", opened.check_exploring)):
+        assert check({"run_dir": str(run)}).out_dir == run / name
+        (run / name).symlink_to(ours)
+        with pytest.raises(DataError, match="which leads to"): check({"run_dir": str(run)})
+        (run / name).unlink()
+    (run / "explore").symlink_to(ours)
+    with pytest.raises(DataError, match="which leads to"): latent.latent_map(pd.DataFrame(np.eye(4)), run, "pca")
+    assert not list(ours.iterdir())
+
+
+def test_a_strangers_run_does_not_say_where_phantoms_are_drawn(tmp_path, monkeypatch):
+    asked = []
+
+    def open_source(settings, progress):
+        asked.append(settings.data_dir)
+        raise ParameterError("enough")
+    monkeypatch.setattr(predictions, "open_source", open_source)
+    trained = predictions.TrainedRun(None, {}, RunSettings(source="phantom", data_dir=str(tmp_path / "theirs")), None)
+    ours = predictions.EvaluationSettings(tmp_path, None, None, tmp_path / "out", None, "auto")
+    for settings in (ours, replace(ours, source="phantom", data_dir=str(tmp_path / "mine"))):
+        with pytest.raises(ParameterError, match="enough"): predictions.open_evaluation(settings, trained)
+    assert asked == [None, str(tmp_path / "mine")]
+
+
+def test_a_table_of_other_columns_than_ours_is_refused(tmp_path):
+    struct = pa.struct([("a", pa.string())])
+    for kind, values in ((pa.large_binary(), [b"x"]), (pa.binary(1), [b"x"]), (struct, [{"a": "x"}]), (pa.list_(struct), [[{"a": "x"}]])):
+        pq.write_table(pa.table({"odd": pa.array(values * 3, kind)}), tmp_path / "t.parquet")
+        with pytest.raises(DataError, match="column 'odd' of "): read_parquet(tmp_path / "t.parquet")
+    pd.DataFrame({"a": [1], "b": ["x"], "c": [[1.0]], "d": [True], "e": [None]}).to_parquet(tmp_path / "t.parquet")
+    assert len(read_parquet(tmp_path / "t.parquet")) == 1

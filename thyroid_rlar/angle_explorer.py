@@ -166,7 +166,7 @@ def static(self: AngleExplorer) -> go.Figure:
     fig.add_scatter(x=path.epoch, y=path[f"cos_{s.where}"], row=1, col=1, **own)
     drawn = self.map()
     places, colors = self.places(drawn), paint(self.run, "grade_index").colors
-    names = [as_text(f"{n}, grade {g}") for n, g in zip(self.run.table.image_id, self.run.table.grade)]
+    names = [as_text(f"{n}, grade {g}" if isinstance(g, str) else f"{n}, no grade") for n, g in zip(self.run.table.image_id, self.run.table.grade)]
     styles = {"nodules": dict(mode="markers", marker=dict(size=9, color=colors), text=names, hovertemplate="%{text}<extra></extra>"),
               "its way here": dict(mode="lines", line=dict(color=VERMILLION, width=2, dash="dot"), hoverinfo="skip"),
               "chosen nodule": dict(mode="markers", marker=dict(symbol="circle-open", size=18, color=VERMILLION, line_width=4), hoverinfo="skip")}
@@ -284,15 +284,17 @@ def refresh(self: AngleExplorer, history: pd.DataFrame, nodules: pd.DataFrame) -
     if epochs:
         z = saved_latents(self.run.folder)[epochs[-1]]
         self.maps._maps = {"pca": latent_map(z, self.run.folder, "pca")}       # fitted anew, on the last epoch so far
-    self.state = replace(self.state, epoch=(epochs or [-1])[-1])
+    last = (epochs or [-1])[-1]
+    self.state = replace(self.state, epoch=last)
     if self._view is None: return
     with self.fig.batch_update():
         self._draw_courses(); self._draw_map(); self._dress_axes(self.fig, self.map()); self._say_what(self.fig)
         path = self.path()
         next(self.fig.select_traces({"name": "chosen nodule"})).update(x=path.epoch, y=path[f"cos_{self.state.where}"])
     slider = self.controls["epoch"]
-    if list(slider.options) != epochs: slider.options = epochs or _NONE
-    slider.value, slider.disabled = self.state.epoch, len(epochs) < 2
+    if list(slider.options) != epochs: slider.options = epochs or _NONE        # which sets the slider, and with it the state, to the first of them
+    self.choose(epoch=last)
+    slider.value, slider.disabled = last, len(epochs) < 2
 
 class LiveAngles:
     "A trainer's callback: the angle explorer, updated at each epoch's end."

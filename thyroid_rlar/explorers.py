@@ -116,7 +116,7 @@ def nodule_facts(run: OpenRun, row: int) -> dict[str, str]:
     facts = {"image": str(r.image_id), "case": str(r.case_id), "part": part}
     if has("grade"): facts["grade, reader"] = str(r.grade)
     if has("predicted"): facts["grade, model"] = f"{r.predicted} (probability {r[f'p_{r.predicted}']:.2f})"
-    if has("error"): facts["error"] = f"{r.error:+.0f} grades"
+    if has("error"): facts["error"] = f"{r.error:+.0f} grades" if r.error else "none"
     if has("dice"): facts["Dice"] = f"{r.dice:.3f}"
     if has("angle"): facts["task angle"] = f"{r.angle:.1f}° ({run.rlar.where})"
     return facts
@@ -175,6 +175,8 @@ def _but_arrays(told: dict, ours: dict) -> dict:
 
 class LiveFigure(go.FigureWidget):
     "plotly's figure widget, which keeps the arrays that it was given."
+    _esm = str(go.FigureWidget._esm)                           # as text: of a file anywidget keeps a watch, and the watch every figure for ever
+
     @staticmethod
     def _remove_overlapping_props(ours, told, path=()):
         if isinstance(ours, dict) and isinstance(told, dict): told = _but_arrays(told, ours)

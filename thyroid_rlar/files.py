@@ -189,7 +189,7 @@ def hold(folder: str | os.PathLike) -> None:
             lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}")
             lock.flush()
     except OSError as error:
-        raise DataError(folder, "writing", error.strerror, _ADVICE.get(error.errno, "a folder that can be written")) from error
+        raise DataError(folder, "writing", error.strerror or error, _ADVICE.get(error.errno, "a folder that can be written")) from error
     _HELD[folder] = lock if ours else None, _which(folder)
 
 # %% ../nbs/03_files.ipynb #31c6b269
@@ -249,14 +249,21 @@ def read_whole(path: str | os.PathLike, read: Callable[[Path], object]) -> objec
         raise DataError(path, "content", f"{type(error).__name__} ({error})", "a whole file: copy it again, or repeat the run") from error
 
 # %% ../nbs/03_files.ipynb #bcf945d0
+def _plain(kind) -> bool:
+    "Whether a column's type is one that our tables have: text, numbers, dates, nothing, and lists of these."
+    import pyarrow as pa
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind): kind = kind.value_type
+    return any(of(kind) for of in (pa.types.is_string, pa.types.is_large_string, pa.types.is_primitive, pa.types.is_null))
+
 def _letters(path: Path) -> int:
     "Bytes of all text in a parquet file once each value is written out: a text that comes again and again lies in the file only once."
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
     schema = pq.read_schema(path)
-    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
-    names = [field.name for field in schema if any(kind(field.type) for kind in kinds)]
+    names = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
+    for field in schema:                                   # of other kinds a few bytes can stand for as many as of text
+        if not _plain(field.type): raise ValueError(f"column {field.name!r} of {field.type}")
     if not names: return 0
     parts = [part for column in pq.ParquetFile(path, read_dictionary=names).read(names).columns for part in column.chunks]
     return sum(pc.sum(pc.binary_length(part.dictionary).take(part.indices)).as_py() or 0 for part in parts)

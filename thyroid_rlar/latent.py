@@ -25,7 +25,7 @@ from torch import Tensor
 
 # %% ../nbs/77_latent.ipynb #156f70b4
 from .evaluation import median_grade
-from .files import MAX_CELLS, DataError, code_digest, fingerprint, read_whole, write_whole
+from .files import MAX_CELLS, DataError, code_digest, fingerprint, inside, read_whole, write_whole
 from .instruments import batch_dice
 from .loader import MISSING_GRADE
 from .network import MultitaskNet, Output
@@ -126,7 +126,7 @@ def latent_map(
 ) -> LatentMap | None:                  # None only without `compute`
     "The map of a run's images, from its `explore` folder or made now."
     before = {e: t for e, t in saved_latents(folder).items() if t.shape[1] == z.shape[1]}
-    key, path = _map_key(z, before, method, seed), folder and Path(folder) / "explore" / f"map-{method}.npz"
+    key, path = _map_key(z, before, method, seed), folder and inside(Path(folder), f"explore/map-{method}.npz")
     found = _read_map(path, key) if path else None
     if found or not compute: return found
     made = lay_out(z, before, method, seed)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
+from textwrap import wrap
 
 # %% ../nbs/82_latent_explorer.ipynb #22dd9f07
 import ipywidgets as widgets
@@ -175,11 +176,12 @@ def static(self: LatentExplorer) -> go.Figure:
         fig.update_xaxes(keep(part.layout.xaxis), row=r, col=c).update_yaxes(keep(part.layout.yaxis), row=r, col=c)
     fig.update_yaxes(scaleanchor="x2", constrain="domain", row=1, col=2)
     fig.data[1].marker.colorbar.update(x=0.44, y=0.8, len=0.44)
-    text = as_text(" ".join([self.words(now), *self.notes()]))
-    fig.add_annotation(text=text, xref="paper", yref="paper", x=0, y=-0.13, xanchor="left", showarrow=False, font=dict(size=12, color=GREY))
-    legend = dict(orientation="h", x=0, y=-0.15, yref="paper", yanchor="top")
+    text = "<br>".join(as_text(line) for line in wrap(" ".join([self.words(now), *self.notes()]), 160))
+    fig.add_annotation(text=text, xref="paper", yref="paper", x=0, y=-0.12, xanchor="left", yanchor="top", align="left", showarrow=False,
+                       font=dict(size=12, color=GREY))
+    legend = dict(orientation="h", x=0, y=-0.19, yref="paper", yanchor="top")
     fig.update_xaxes(title_standoff=4)
-    return fig.update_layout(template=TEMPLATE, height=880, width=1100, barmode="group", legend=legend, margin=dict(l=60, r=20, t=40, b=120))
+    return fig.update_layout(template=TEMPLATE, height=880, width=1100, barmode="group", legend=legend, margin=dict(l=60, r=20, t=40, b=150))
 
 # %% ../nbs/82_latent_explorer.ipynb #c3b3a389
 def _slider(name: str, tip: str) -> widgets.FloatSlider:

@@ -131,7 +131,8 @@ def as_csv(table: pd.DataFrame) -> str:
 def cohort_facts(run: OpenRun, rows: Sequence[int]) -> dict[str, str]:
     "A cohort in numbers, 95 % intervals over cases."
     table = run.table.loc[list(rows)]
-    facts = {"images": f"{len(table)} of {table.group.nunique()} cases"}
+    trained = int((table.split == "train").sum()) if "split" in table else 0
+    facts = {"images": f"{len(table)} of {table.group.nunique()} cases" + (f", {trained} of them trained on" if trained else "")}
     for name, column, places, unit in (("Dice", "dice", 3, ""), ("error", "error", 2, " grades"), ("task angle", "angle", 1, "°")):
         if column not in table or not (known := table.dropna(subset=[column])).shape[0]: continue
         b = bootstrap(known, partial(weighted_mean, column=column))

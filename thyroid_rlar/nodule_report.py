@@ -82,11 +82,12 @@ def _measured(image: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, s
 def evidence_of(run: OpenRun, row: int) -> tuple[pd.DataFrame, dict[str, str]]:
     """A row an item: descriptor, meaning, unit, value and percentile for each of `WAYS`, q05 to q95 of the data set, n of its images;
     and why a way has no values or lacks some."""
-    prepared, known = run.data.prepared, run.scaler.inverse(run.data.evidence)
+    prepared, unknown = run.data.prepared, np.full((len(run.data.evidence), len(EVIDENCE)), np.nan)
+    known = run.scaler.inverse(run.data.evidence) if run.scaler else unknown        # a run that was put together by hand may have no scaler
     image, mask = prepared.manifest.load(row)
     found = {"reader": _measured(image, mask), "contour": _measured(image, prepared.placements[row].restore(run.predicted(row)) >= 0.5)}
     r = run.table.loc[row]
-    predicted = np.array([r.get(f"predicted_{name}", np.nan) for name in run.evidence], float)
+    predicted = np.array([r.get(f"predicted_{item.name}", np.nan) for item in EVIDENCE], float)
     found["model"] = predicted, "" if np.isfinite(predicted).all() else "the model was not trained on evidence"
     table = pd.DataFrame([(i.name, i.descriptor, i.meaning, UNITS[i.name]) for i in EVIDENCE], columns=["item", "descriptor", "meaning", "unit"])
     for way, (values, _) in found.items():

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/78_opened.ipynb #89902282
 from .evaluation import median_grade, probability_columns
-from .files import DataError, code_digest, digest, fingerprint, read_parquet, resolve, write_whole
+from .files import DataError, code_digest, digest, fingerprint, inside, read_parquet, resolve, write_whole
 from .instruments import measure
 from .latent import saved_latents
 from .loader import NoduleData, eval_loader
@@ -135,12 +135,12 @@ def _table_key(folder: Path, data: NoduleData, rows: Sequence[int]) -> str:
 
 def _kept(path: Path, make) -> tuple[pd.DataFrame, np.ndarray]:
     "Table and latents from a file, or made and written to it; a folder that cannot be written keeps nothing."
-    if not path.is_file():
+    try: both = read_parquet(path)
+    except DataError:                                       # none, or a damaged one
         table, z = make()
         both = table.join(pd.DataFrame(z, index=table.index, columns=[f"z{c}" for c in range(z.shape[1])]))
         try: write_whole(path, both.to_parquet)
         except DataError: return table, z
-    both = read_parquet(path)
     latent = both.filter(regex=r"^z\d+$")
     return both.drop(columns=latent.columns), latent.to_numpy(np.float32)
 
@@ -169,7 +169,7 @@ def open_run(
     scaler = EvidenceScaler.from_dict(info["scaler"])
     if device == "auto" and torch.cuda.is_available() or device == "cuda": trained.net.cuda()
     make = lambda: image_table(trained.net, data, rows, rlar, info["tasks"], info["evidence"], scaler, progress)
-    table, z = _kept(folder / "explore" / f"images-{_table_key(folder, data, rows)}.parquet", make)
+    table, z = _kept(inside(folder, f"explore/images-{_table_key(folder, data, rows)}.parquet"), make)
     table.insert(4, "split", split[table.index])
     return OpenRun(folder.name, trained.net, data, table, z, info["tasks"], rlar, info["evidence"], scaler, history, nodules, folder)
 
@@ -216,5 +216,5 @@ def check_exploring(values: Mapping[str, object]) -> ExploreSettings:
     if values.get("images", "unseen") not in ("unseen", "all"): raise ParameterError(f"images: found {values['images']!r}, expected unseen or all")
     if values.get("nodules", 2) < 1: raise ParameterError(f"nodules: found {values['nodules']}, expected at least 1")
     e = check_evaluation({k: values.get(k) for k in ("run_dir", "source", "data_dir")})
-    out_dir = resolve(values.get("out_dir") or e.run_dir / "explore")
+    out_dir = resolve(values["out_dir"]) if values.get("out_dir") else inside(e.run_dir, "explore")
     return ExploreSettings(e.run_dir, e.source, e.data_dir, values.get("images", "unseen"), values.get("nodules", 2), out_dir)

@@ -143,7 +143,7 @@ def check_evaluation(values: Mapping[str, object]) -> EvaluationSettings:
         if not (run_dir / name).is_file(): raise ParameterError(f"run_dir: no {name} in {run_dir}, expected the folder of a finished run")
     if values.get("source") in ("ddti", "folder") and not values.get("data_dir"):
         raise ParameterError(f"data_dir: found None, expected the folder of source {values['source']!r}")
-    out_dir = resolve(values.get("out_dir") or run_dir / "evaluation")
+    out_dir = resolve(values["out_dir"]) if values.get("out_dir") else inside(run_dir, "evaluation")     # no link in a stranger's run leads us out
     if (out_dir / "params.json").is_file():
         raise ParameterError(f"out_dir: {out_dir} is the folder of a run, whose own metrics would be overwritten; expected another folder")
     return EvaluationSettings(run_dir, values.get("source"), values.get("data_dir"), out_dir, values.get("reader"), values.get("part", "auto"))
@@ -194,6 +194,8 @@ def open_evaluation(e: EvaluationSettings, trained: TrainedRun, progress: bool =
     s, info = trained.settings, trained.info
     elsewhere = e.source not in (None, s.source) or e.data_dir is not None
     target = replace(s, source=e.source or s.source, data_dir=e.data_dir, reader=e.reader) if elsewhere else replace(s, reader=e.reader or s.reader)
+    if target.source == "phantom" and not e.data_dir and target.data_dir and not (resolve(target.data_dir) / "labels.csv").exists():
+        target = replace(target, data_dir=None)                # phantoms are never drawn where a file of the run says
     manifest = open_source(target, progress)
     if manifest.scale.name != info["scale"] and "seg" not in info["tasks"]:
         raise ParameterError(f"source: grades on scale {manifest.scale.name!r}, the model was trained on {info['scale']!r}; scales are never mapped")

@@ -92,7 +92,8 @@ def run_folder(s: RunSettings) -> Path:
     folder = folder_of(s)
     _check_folder(s, folder)
     remove(write_text(folder / ".can-be-written", ""))      # said now, and not after the data have been measured
-    if os.environ.get("RANK", "0") == "0": hold(folder)     # the first of several processes keeps it for all
+    if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1": hold(folder)     # the first of several keeps it for all
+    _check_folder(s, folder)                                # again: another run may have come and gone meanwhile
     return folder
 
 def _begin(s: RunSettings, folder: Path, split: pd.DataFrame | None) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHECKPOINT', 'NO_CHECKPOINT', 'NUMBERS', 'EXPLODED', 'FIRST', 'random_states', 'set_random_states',
            'be_deterministic', 'save_checkpoint', 'clear_parts', 'load_checkpoint', 'TrainingStopped', 'advised',
-           'check_finite', 'check_exploded', 'flat_tasks', 'warn_of_flat_tasks', 'stop_together']
+           'check_finite', 'check_watched', 'check_exploded', 'flat_tasks', 'warn_of_flat_tasks', 'stop_together']
 
 # %% ../nbs/49_survival.ipynb #911e4bbe
 import os
@@ -91,8 +91,22 @@ def clear_parts(folder: Path) -> None:
 # %% ../nbs/49_survival.ipynb #e6e6e11c
 def _read_state(path: Path) -> dict:
     with zipfile.ZipFile(path) as file:                        # PyTorch's own format; it does not look at the checksums in it
+        if any(part.compress_type for part in file.infolist()): raise ValueError("packed, which PyTorch's never are")
+        if sum(part.file_size for part in file.infolist()) > path.stat().st_size: raise ValueError("parts that lie upon each other")
         if damaged := file.testzip(): raise ValueError(f"{damaged} is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict): raise ValueError(f"a {type(state).__name__}")
+    return state
+
+def _put_back(t, state: dict) -> None:
+    if not 0 <= state["epoch"] <= t.settings.epochs: raise ValueError(f"epoch {state['epoch']} of {t.settings.epochs}")
+    if not all(isinstance(state[name], int | float) for name in NUMBERS): raise ValueError(f"{', '.join(NUMBERS)}: not all are numbers")
+    if state["schedule"].keys() != t.schedule.state_dict().keys(): raise ValueError("another schedule")
+    for name, part in _parts(t).items(): part.load_state_dict(state[name])
+    for name in NUMBERS: setattr(t, name, state[name])
+    t.average.count = state["count"]
+    _load_steps(t.steps, state["steps"], t.accelerator.device)
+    set_random_states(state["random"])
 
 def load_checkpoint(t) -> bool:
     "Go on where the folder's checkpoint stands; where there is none, say so. DataError for a damaged one, or one of another version."
@@ -106,11 +120,10 @@ def load_checkpoint(t) -> bool:
         raise DataError(path, "content", f"no {', '.join(sorted(missing))}", "a checkpoint of this version: begin the run anew, without `resume`")
     if (n := state["processes"]) != t.accelerator.num_processes and state["epoch"] < t.settings.epochs:     # a finished run is only read
         raise DataError(path, "processes", f"{t.accelerator.num_processes}", f"{n}, as it began: accelerate launch --num_processes {n}")
-    for name, part in _parts(t).items(): part.load_state_dict(state[name])
-    for name in NUMBERS: setattr(t, name, state[name])
-    t.average.count = state["count"]
-    _load_steps(t.steps, state["steps"], t.accelerator.device)
-    set_random_states(state["random"])
+    try: _put_back(t, state)
+    except torch.OutOfMemoryError: raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(path, "content", str(error).splitlines()[0], "a checkpoint of this run: begin the run anew, without `resume`") from error
     t.log.load(t.epoch)
     t.kept = _stands(t)
     return True
@@ -160,6 +173,20 @@ def check_finite(steps: pd.DataFrame, t, scaled: bool = False) -> None:
     place = f"epoch {t.epoch}, step {bad[0]}"
     raise TrainingStopped(f"{place}: {found} on images {_images(t, bad[0])}; a lower learning_rate is the usual cure. {t.kept}")
 
+def check_watched(nodules: pd.DataFrame, t) -> None:
+    "Raise TrainingStopped when a watched image's loss is infinite, or no number where it was one after the first epoch."
+    names = [c for c in nodules if c.startswith("loss_")]
+    values, known = nodules[names].to_numpy(), np.zeros((len(nodules), len(names)), bool)
+    if t.log.nodules:
+        began = t.log.nodules[0]
+        known = began[began.epoch == began.epoch.min()].set_index("row")[names].reindex(nodules.row).notna().to_numpy()
+    bad = np.isinf(values) | np.isnan(values) & known
+    if not bad.any(): return
+    rows, which = np.flatnonzero(bad.any(1)), names[int(bad.any(0).argmax())]
+    images = [t.log.image_ids[i] for i in nodules.row.iloc[rows[:8]]]
+    raise TrainingStopped(f"epoch {t.epoch}: {which} is no finite number on {len(rows)} watched images, as {images}; a lower learning_rate, or "
+                          f"precision fp32, is the usual cure. {t.kept}")
+
 def check_exploded(steps: pd.DataFrame, began: pd.DataFrame, t) -> None:
     "Raise TrainingStopped when a task's loss went beyond EXPLODED times its median over the run's first steps, naming the worst step and its images."
     names = [c for c in steps if c.startswith("loss_")]
@@ -183,8 +210,9 @@ def flat_tasks(steps: pd.DataFrame) -> dict[str, tuple[float, float]]:
     return flat
 
 def warn_of_flat_tasks(t) -> None:
-    "Once, when half the epochs are over: name the tasks that have learned nothing."
-    if t.epoch != (t.settings.epochs + 1) // 2: return
+    "Once, when half the epochs are over, or validation ends the run before: name the tasks that have learned nothing."
+    half = (t.settings.epochs + 1) // 2
+    if t.epoch != half and not (t.stale and t.epoch < half): return
     table = pd.concat(t.log.history, ignore_index=True)
     flat = {task: means for task, means in flat_tasks(table[table.kind == "step"]).items() if t.objective.weights[task]}
     if not flat: return

@@ -47,6 +47,7 @@ from thyroid_rlar.survival import (
     be_deterministic,
     check_exploded,
     check_finite,
+    check_watched,
     clear_parts,
     load_checkpoint,
     save_checkpoint,
@@ -220,7 +221,7 @@ class RunLog:
         "Read the tables back, up to the epoch that the checkpoint stands at: a run killed while writing may be one ahead."
         self.history, self.nodules = [], []
         if not epochs: return                                     # stopped within the first epoch, before there were tables
-        tables = (read_parquet(self.folder / f"{n}.parquet") for n in ("history", "nodules"))
+        tables = (read_parquet(self.folder / f"{n}.parquet", "epoch") for n in ("history", "nodules"))
         self.history, self.nodules = ([t[t.epoch < epochs]] for t in tables)
 
     def add_nodules(self, table: pd.DataFrame) -> None:
@@ -375,14 +376,14 @@ def end_epoch(t: Trainer, timing: dict[str, float], bar: tqdm) -> None:
     for network in (t.net, net): average_buffers(network, t.accelerator)
     t.objective.end_epoch()
     summary, nodules, z = t.watch(net, t.epoch)
+    stop_together(lambda: check_watched(nodules, t), t.accelerator)
     last = summary.index[-1]                                       # validation, or training where there is none
     kept = t.epoch % s.latent_every == 0 or t.epoch == s.epochs - 1
     pushed = t.watch.strength(t.net, t.objective) if kept else math.nan     # of the weights that are being trained, not of their average
     weight = float(t.objective.weight.value) if t.objective.weight else 0.0
     extra = {"strength": pushed, "rlar_weight": weight, **timing, "peak_memory_mb": peak_memory_mb(t.accelerator.device)}
     for name, value in extra.items(): summary.loc[last, name] = value
-    t.log.history.append(summary)
-    t.log.add_nodules(nodules)
+    t.log.history.append(summary); t.log.add_nodules(nodules)
     row = summary.loc[last]
     losses = [t.objective.weights[k] * row[f"loss_{k}"] for k in ("seg", "risk") if np.isfinite(row[f"loss_{k}"])]
     loss = float(sum(losses)) if losses else math.nan              # without any validation label: keep the last weights
@@ -396,5 +397,4 @@ def end_epoch(t: Trainer, timing: dict[str, float], bar: tqdm) -> None:
         warn_of_flat_tasks(t)
     save_checkpoint(t)
     if s.tensorboard: t.accelerator.log({k: float(v) for k, v in row.items() if isinstance(v, Real) and np.isfinite(v)}, step=t.epoch)
-    bar.set_postfix(seg=f"{row.loss_seg:.3f}", risk=f"{row.loss_risk:.3f}", evidence=f"{row.loss_evidence:.3f}", dice=f"{row.dice:.3f}",
-                    cos=f"{row[f'cos_{t.watch.rlar.where}_mean']:+.3f}")
+    bar.set_postfix(seg=row.loss_seg, risk=row.loss_risk, evidence=row.loss_evidence, dice=row.dice, cos=row[f"cos_{t.watch.rlar.where}_mean"])
