@@ -19,14 +19,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless, UltrasoundImageStorage
 
 from thyroid_rlar import latent, opened, predictions
 from thyroid_rlar.ddti import MAX_XML, clean_regions, read_case, read_ddti, self_intersects
 from thyroid_rlar.files import MAX_CELLS, DataError, read_json, read_parquet, read_whole
-from thyroid_rlar.folder import MAX_ROWS, MAX_TABLE, read_folder, read_table
+from thyroid_rlar.folder import MAX_ROWS, MAX_TABLE, dicom_facts, read_folder, read_table
 from thyroid_rlar.images import MAX_PIXELS, examine, read_gray
 from thyroid_rlar.latent import saved_latents
 from thyroid_rlar.latent_figures import as_csv, thumbnail
@@ -407,3 +407,26 @@ def test_a_table_of_other_columns_than_ours_is_refused(tmp_path):
         with pytest.raises(DataError, match="column 'odd' of "): read_parquet(tmp_path / "t.parquet")
     pd.DataFrame({"a": [1], "b": ["x"], "c": [[1.0]], "d": [True], "e": [None]}).to_parquet(tmp_path / "t.parquet")
     assert len(read_parquet(tmp_path / "t.parquet")) == 1
+
+
+def test_a_file_of_very_many_parts_is_refused_at_once(tmp_path):
+    "Each part takes the libraries some microseconds; a count of them takes less."
+    def png_chunk(kind: bytes, data: bytes) -> bytes: return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    Image.effect_noise((40, 30), 40).save(tmp_path / "a.png"); Image.effect_noise((40, 30), 40).save(tmp_path / "a.jpg")
+    png, jpeg = (tmp_path / "a.png").read_bytes(), (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.png").write_bytes(png[:33] + 300_000 * png_chunk(b"tEXt", b"a\0") + png[33:])
+    (tmp_path / "a.jpg").write_bytes(jpeg[:2] + 1_000_000 * b"\xff\xe5\0\2" + jpeg[2:])
+    rows = b"BM" + struct.pack("<IHHIIiiHHIIiiII", 0, 0, 0, 1078, 40, 64, 64, 1, 8, 1, 0, 0, 0, 256, 0) + bytes(1024)
+    (tmp_path / "a.bmp").write_bytes(rows + 1_000_000 * b"\0\2\0\0")
+    for name, match in (("a.png", "parts"), ("a.jpg", "parts"), ("a.bmp", "run lengths")):
+        start = time.process_time()
+        with pytest.raises(DataError, match=match): read_gray(tmp_path / name)
+        assert time.process_time() - start < 0.5
+    ds = FileDataset(str(tmp_path / "a.dcm"), {}, file_meta=FileMetaDataset(), preamble=b"\0" * 128)
+    ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = UltrasoundImageStorage, "1.2.3"
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SequenceOfUltrasoundRegions = [Dataset() for _ in range(20_000)]
+    ds.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    start = time.process_time()
+    with pytest.raises(DataError, match="20,000 items"): dicom_facts(tmp_path / "a.dcm")
+    assert time.process_time() - start < 0.5
