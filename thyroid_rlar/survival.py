@@ -123,7 +123,7 @@ def load_checkpoint(t) -> bool:
     try: _put_back(t, state)
     except torch.OutOfMemoryError: raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise DataError(path, "content", str(error).splitlines()[0], "a checkpoint of this run: begin the run anew, without `resume`") from error
+        raise DataError(path, "content", f"{type(error).__name__} ({error})", "a checkpoint of this run: begin it anew, without `resume`") from error
     t.log.load(t.epoch)
     t.kept = _stands(t)
     return True
