@@ -256,7 +256,8 @@ def _plain(kind) -> bool:
     return any(of(kind) for of in (pa.types.is_string, pa.types.is_large_string, pa.types.is_primitive, pa.types.is_null))
 
 def _letters(path: Path) -> int:
-    "Bytes of all text in a parquet file once each value is written out: a text that comes again and again lies in the file only once."
+    """Bytes of all text in a parquet file once each value is written out: a text that comes again and again lies in the file only once.
+    ValueError for a column of a kind that our tables do not have."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq

@@ -82,8 +82,8 @@ def _measured(image: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, s
 def evidence_of(run: OpenRun, row: int) -> tuple[pd.DataFrame, dict[str, str]]:
     """A row an item: descriptor, meaning, unit, value and percentile for each of `WAYS`, q05 to q95 of the data set, n of its images;
     and why a way has no values or lacks some."""
-    prepared, unknown = run.data.prepared, np.full((len(run.data.evidence), len(EVIDENCE)), np.nan)
-    known = run.scaler.inverse(run.data.evidence) if run.scaler else unknown        # a run that was put together by hand may have no scaler
+    prepared, evidence = run.data.prepared, run.data.evidence
+    known = run.scaler.inverse(evidence) if run.scaler else np.full((len(evidence), len(EVIDENCE)), np.nan)     # a run put together by hand has none
     image, mask = prepared.manifest.load(row)
     found = {"reader": _measured(image, mask), "contour": _measured(image, prepared.placements[row].restore(run.predicted(row)) >= 0.5)}
     r = run.table.loc[row]
