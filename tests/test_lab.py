@@ -102,6 +102,27 @@ SOME_FOCI = [], ["macro"], ["rim", "punctate"], ["macro", "rim", "punctate"], ["
 DESCRIPTIONS = [dict(zip(POINTS, terms)) for terms in product(*list(POINTS.values())[:4], SOME_FOCI)]
 
 
+SLOW = """
+from thyroid_rlar.explorers import LiveFigure
+figures = [LiveFigure(go.Figure(go.Scatter(x=[0, 1], y=[0, number]), layout=dict(height=150))) for number in range(3)]
+display(widgets.VBox(figures))
+for number, figure in enumerate(figures):
+    with figure.batch_update(): figure.data[0].y, figure.layout.title.text = [1, number], "told while plotly's script was read"
+"""
+
+
+def test_a_slow_page_draws_what_it_was_told_meanwhile(lab):
+    opened = lab.open(notebook(IMPORTS, SLOW), "slow.ipynb")
+    opened.page.context.new_cdp_session(opened.page).send("Emulation.setCPUThrottlingRate", {"rate": 3})
+    opened.run_all()
+    plots = [opened.plot(number) for number in range(3)]
+    titles = lambda: [plot.evaluate("p => p._fullLayout.title.text || ''") for plot in plots]
+    until(lambda: all(title.startswith("told") for title in titles()), "all have their title", opened.page, 60)
+    assert [list(opened.data(plot)) for plot in plots] == [[1, number] for number in range(3)]
+    assert not opened.errors and not opened.console
+    opened.close()
+
+
 def test_the_calculators_script_follows_the_rule(lab):
     """On every description the script gives Python's points, level and advice, and on some the ways that Python gives."""
     page = lab.browser.new_page()
