@@ -23,20 +23,20 @@ from .radiomics import EvidenceScaler
 
 # %% ../nbs/22_leakage.ipynb #ed912f44
 HASH_SIZE = 12                  # waves along each side
-NEAR = 0.1                      # share of signs that may differ between images that count as one; see below
+NEAR = 0.125                    # share of signs that may differ between images that count as one; see below
 
 def image_hash(image: np.ndarray) -> np.ndarray:
-    "Signs (144,) bool of the coarse waves of an image (H,W) uint8."
-    return imagehash.phash(Image.fromarray(image), hash_size=HASH_SIZE).hash.ravel()
+    "Signs (2,144) bool of the coarse waves of an image (H,W) uint8, and of its mirror image."
+    return np.array([imagehash.phash(Image.fromarray(picture), hash_size=HASH_SIZE).hash.ravel() for picture in (image, image[:, ::-1])])
 
 def hash_images(prepared: Prepared, rows: np.ndarray) -> np.ndarray:
-    "Hashes (n,144) bool of these rows' images at the network's size."
-    return np.array([image_hash(np.asarray(prepared.arrays[row, 0])) for row in rows]).reshape(len(rows), HASH_SIZE**2)
+    "Hashes (n,2,144) bool of these rows' images at the network's size, and of their mirror images."
+    return np.array([image_hash(np.asarray(prepared.arrays[row, 0])) for row in rows]).reshape(len(rows), 2, HASH_SIZE**2)
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    "Share of signs (n,m) that differ between hashes (n,k) and (m,k)."
+    "Share of signs (n,m) that differ between hashes (n,2,k) and (m,2,k), an image as it is or mirrored, whichever is nearer."
     a, b = (np.where(h, 1, -1).astype(np.float32) for h in (a, b))
-    return (1 - a @ b.T / max(a.shape[1], 1)) / 2
+    return (1 - np.maximum(*(a[:, 0] @ b[:, k].T for k in (0, 1))) / max(a.shape[2], 1)) / 2
 
 # %% ../nbs/22_leakage.ipynb #c16786e9
 def changed_copies(image: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -50,6 +50,7 @@ def changed_copies(image: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     yield "gamma 0.7", (255 * (image / 255) ** 0.7).astype(np.uint8)
     yield "noise, sd 8", np.clip(image + np.random.default_rng(0).normal(0, 8, image.shape), 0, 255).astype(np.uint8)
     yield "moved by 2 %", np.roll(image, w // 50, 1)
+    yield "mirrored", image[:, ::-1]
     yield "cut by 3 % a side", np.asarray(picture.crop((3 * w // 100, 3 * h // 100, w - 3 * w // 100, h - 3 * h // 100)).resize((w, h)))
     yield "cut by 6 % a side", np.asarray(picture.crop((6 * w // 100, 6 * h // 100, w - 6 * w // 100, h - 6 * h // 100)).resize((w, h)))
 
@@ -67,7 +68,7 @@ def measure_distances(prepared: Prepared, every: int = 4) -> pd.DataFrame:
 
 # %% ../nbs/22_leakage.ipynb #fc666869
 def near_pairs(hashes: np.ndarray, a: np.ndarray, b: np.ndarray, limit: float = NEAR) -> list[tuple[int, int, float]]:
-    "Pairs of a row of `a` and one of `b` whose images' hashes (N,144) are nearly the same, with their distance; nearest first."
+    "Pairs of a row of `a` and one of `b` whose images' hashes (N,2,144) are nearly the same, with their distance; nearest first."
     found = []
     for start in range(0, len(a), 1000):                   # 1000 x m distances at a time
         between = distances(hashes[a[start:start + 1000]], hashes[b])

@@ -11,7 +11,8 @@ __all__ = ['PACKAGES', 'OUTPUTS', 'recorded_settings', 'changed_parameters', 'fo
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 # %% ../nbs/55_runs.ipynb #005
 from .ddti import read_ddti
@@ -163,13 +165,26 @@ def _disturb(s: RunSettings, manifest: Manifest, prepared: Prepared, split: Spli
         prepared = replace(prepared, arrays=arrays)
     return prepared, grades
 
+# %% ../nbs/55_runs.ipynb #3832137b
+@contextmanager
+def _preparing(root: Path) -> Iterator[None]:
+    "Inside, a worker process that died, memory that ran out and a file that went away are DataErrors that say what to do."
+    fewer = "more memory, or fewer processes: set LOKY_MAX_CPU_COUNT=1 in the environment"
+    try: yield
+    except TerminatedWorkerError as error:
+        raise DataError(root, "preparing images", "a worker process ended by the system, most often because memory ran out", fewer) from error
+    except MemoryError as error: raise DataError(root, "preparing images", "no memory left", fewer) from error
+    except OSError as error:
+        raise DataError(error.filename or root, "reading", error.strerror or error, "its disk or network share back in place") from error
+
 # %% ../nbs/55_runs.ipynb #023
 def load_data(s: RunSettings, manifest: Manifest, progress: bool = True) -> RunData:
     "Prepare images, split, measure the evidence and scale it on the training rows."
     val_share = 0.15 if s.fold != "all" or s.patience else 0.0  # nothing is held back where nothing is chosen or reported
     split = make_split(manifest, s.fold, s.folds, val_share=val_share)  # the same for every seed, so that seeds can be compared image by image
-    prepared = prepare(manifest, s.image_size, progress=progress)
-    measured = measure_manifest(manifest, progress=progress)
+    with _preparing(manifest.root):
+        prepared = prepare(manifest, s.image_size, progress=progress)
+        measured = measure_manifest(manifest, progress=progress)
     names = [item.name for item in EVIDENCE]
     values = measured[names].to_numpy(float)
     scaler = EvidenceScaler().fit(values[split.train])
