@@ -1,4 +1,5 @@
-"""README's pictures of the explorers: real JupyterLab on the phantom run, each explorer as it opens. Run by `make pictures`."""
+"""README's pictures of the explorers: real JupyterLab on the phantom run, each explorer as it opens,
+but for the latent one's sliders, which are pushed. Run by `make pictures`."""
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +15,7 @@ def main(run_dir: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, Lab(Path(folder)) as lab:
         opened = lab.open(explore_notebook(run_dir), "explore.ipynb").run_all(900)
         opened.settle(300)
+        for label in ("segmentation step", "risk step"): opened.drag(label, 0.7)
         for name, where in PICTURES.items():
             part = opened.page.locator(where)
             part.wait_for(timeout=120_000)

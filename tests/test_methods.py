@@ -118,7 +118,7 @@ def mean(t):
 
 def gradients(objective, batch, reduce):
     "Of two steps, the second after one of descent: whatever a method has learnt from the first counts too."
-    net, _ = example(network=sys.argv[2])
+    net, _ = example(network=network)
     found, context = [], StepContext(reduce=reduce)
     for _ in range(2):
         net.zero_grad(set_to_none=True)
@@ -133,13 +133,13 @@ def gradients(objective, batch, reduce):
 
 _, joined = example()
 half = {k: v[4 * rank:4 * rank + 4] for k, v in joined.items()}
-errors = {}
-for name in METHODS:
+errors = {network: {} for network in sys.argv[2:]}
+for network, name in ((network, name) for network in errors for name in METHODS):
     together, alone = make_objective(name, options()), make_objective(name, options())
     for objective in (together, alone): objective.progress = 0.3
     if not together.processes: continue
     one = gradients(alone, joined, lambda t: t)
-    errors[name] = ((gradients(together, half, mean) - one).norm() / one.norm()).item()
+    errors[network][name] = ((gradients(together, half, mean) - one).norm() / one.norm()).item()
 if rank == 0: open(sys.argv[1], "w").write(json.dumps(errors))
 dist.barrier()
 dist.destroy_process_group()
@@ -149,11 +149,18 @@ dist.destroy_process_group()
 ALONE = {"rlar_shuffled", "random_direction", "matched_decay"}
 
 
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory) -> dict[str, dict[str, float]]:
+    "By network and method: how far two processes' gradients are from one's, as a share."
+    here, folder = str(Path(__file__).parent), tmp_path_factory.mktemp("two")
+    path = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    launch_two(folder, SCRIPT, folder / "errors.json", "shared_map", "unet", PYTHONPATH=path)
+    return json.loads((folder / "errors.json").read_text())
+
+
 @pytest.mark.parametrize("network", ["shared_map", "unet"])
-def test_two_processes_give_the_gradients_of_one_with_the_joined_batch(tmp_path, network):
-    here = str(Path(__file__).parent)
-    launch_two(tmp_path, SCRIPT, tmp_path / "errors.json", network, PYTHONPATH=os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
-    errors = json.loads((tmp_path / "errors.json").read_text())
+def test_two_processes_give_the_gradients_of_one_with_the_joined_batch(apart, network):
+    errors = apart[network]
     assert set(errors) == set(METHODS) - ALONE
     limits = dict.fromkeys(errors, TOLERANCE) | {"gradnorm": max(1e-7, TOLERANCE)}    # Adam's epsilon sees norms that are larger by a common factor
     limits |= {name: max(1e-6, TOLERANCE) for name in errors if METHODS[name].needs}     # solvers stop within a tolerance

@@ -1,6 +1,7 @@
 """Two processes on the CPU (gloo) train one network between them."""
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -23,27 +24,46 @@ from thyroid_rlar.training import FitSettings, make_accelerator
 ROOT = project_root()
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 import numpy as np
 import torch
 from pathlib import Path
 from thyroid_rlar.files import resolve
 from thyroid_rlar.folder import read_folder
 from thyroid_rlar.loader import NoduleData, make_split, prepare
-from thyroid_rlar.network import MultitaskNet, NetworkSettings
 from thyroid_rlar.methods import Options, make_objective
+from thyroid_rlar.network import MultitaskNet, NetworkSettings
 from thyroid_rlar.training import FitSettings, Trainer, TrainingStopped
 
-folder = Path(sys.argv[1])
+folder, world = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1))
 torch.set_num_threads(1)
 phantoms = read_folder(resolve("data/phantom"), verbose=False)
-data = NoduleData(prepare(phantoms, (64, 96), folder / "cache", n_jobs=1, progress=False), np.full((len(phantoms), 0), np.nan))
-torch.manual_seed(0)
-net = MultitaskNet(NetworkSettings(grades=5, evidence=0, stride=8, width=32, embedding=16))
-settings = FitSettings(epochs=2, batch_size=4, device="cpu")
-trainer = Trainer(net, make_objective("rlar", Options(strength=0.2)), data, make_split(phantoms), settings, folder / "run")
-rank = trainer.accelerator.process_index
-assert trainer.accelerator.num_processes == 2
+prepared = prepare(phantoms, (64, 96), folder / "cache", n_jobs=1, progress=False)
+
+def make(name, evidence, **settings):
+    torch.manual_seed(0)
+    net = MultitaskNet(NetworkSettings(grades=5, evidence=evidence, stride=8, width=32, embedding=16, **settings))
+    values = np.random.default_rng(0).normal(size=(len(phantoms), evidence))
+    fit = FitSettings(epochs=2, batch_size=8 // world, device="cpu")
+    return Trainer(net, make_objective("rlar", Options(strength=0.2)), NoduleData(prepared, values), make_split(phantoms), fit, folder / name)
+
+trainer = make(f"run{world}", 3, freeze_norm=True, dropout=0.0)
+rank, seen, step = trainer.accelerator.process_index, [], trainer.objective.backward
+assert trainer.accelerator.num_processes == world
+def listen(net, batch, context):
+    seen.append(batch["index"].tolist())
+    return step(net, batch, context)
+trainer.objective.backward = listen
+def keep(name): torch.save({n: t.clone() for n, t in trainer.net.state_dict().items()}, folder / f"{name}{world}-{rank}.pt")
+for group in trainer.optimizer.param_groups: group["eps"] = 1e-3       # else Adam makes whole steps of what is only rounding
+keep("start")
+trainer.fit()
+keep("weights")
+(folder / f"seen{world}-{rank}.json").write_text(json.dumps(seen))
+if world == 1: sys.exit()
+
+torch.distributed.init_process_group("gloo")             # which the first run's end has closed
+trainer = make("spoiled", 0)
 backward = trainer.objective.backward
 def spoiled(net, batch, context):
     report = backward(net, batch, context)
@@ -56,42 +76,6 @@ except TrainingStopped as stop: said = str(stop)
 (folder / f"{rank}.json").write_text(json.dumps(dict(said=said)))
 """
 
-JOINED = """
-import json, os, sys
-import numpy as np
-import torch
-from pathlib import Path
-from thyroid_rlar.files import resolve
-from thyroid_rlar.folder import read_folder
-from thyroid_rlar.loader import NoduleData, make_split, prepare
-from thyroid_rlar.methods import Options, make_objective
-from thyroid_rlar.network import MultitaskNet, NetworkSettings
-from thyroid_rlar.training import FitSettings, Trainer
-
-folder, world = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1))
-torch.set_num_threads(1)
-phantoms = read_folder(resolve("data/phantom"), verbose=False)
-evidence = np.random.default_rng(0).normal(size=(len(phantoms), 3))
-data = NoduleData(prepare(phantoms, (64, 96), folder / "cache", n_jobs=1, progress=False), evidence)
-torch.manual_seed(0)
-net = MultitaskNet(NetworkSettings(grades=5, evidence=3, stride=8, width=32, embedding=16, freeze_norm=True, dropout=0.0))
-settings = FitSettings(epochs=2, batch_size=8 // world, device="cpu")
-trainer = Trainer(net, make_objective("rlar", Options(strength=0.2)), data, make_split(phantoms), settings, folder / f"run{world}")
-seen = []
-step = trainer.objective.backward
-def listen(net, batch, context):
-    seen.append(batch["index"].tolist())
-    return step(net, batch, context)
-trainer.objective.backward = listen
-def keep(name):
-    torch.save({n: t.clone() for n, t in trainer.net.state_dict().items()}, folder / f"{name}{world}-{trainer.accelerator.process_index}.pt")
-for group in trainer.optimizer.param_groups: group["eps"] = 1e-3       # else Adam makes whole steps of what is only rounding
-keep("start")
-trainer.fit()
-keep("weights")
-(folder / f"seen{world}-{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
-"""
-
 
 def launch_two(folder: Path, script: str, *arguments: object, **environment: str) -> None:
     "Run a script in two processes that know of each other, and wait; fail with what one of them said."
@@ -101,30 +85,36 @@ def launch_two(folder: Path, script: str, *arguments: object, **environment: str
                              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"} | environment
     command = [str(part) for part in (sys.executable, folder / "script.py", *arguments)]
     running = [subprocess.Popen(command, env=together | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True) for rank in "01"]
-    for process in running:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
+    errors = [process.communicate(timeout=300)[1][-3000:] for process in running]
+    assert not any(process.returncode for process in running), "\n".join(errors)
 
 
-def test_two_processes_train_as_one_with_the_joined_batch(tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    "What the script leaves: two processes' files, and those of one, which is this."
+    launch_two(folder := tmp_path_factory.mktemp("two"), SCRIPT, folder)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(sys, "argv", ["script.py", str(folder)])
+        runpy.run_path(str(folder / "script.py"))
+    return folder
+
+
+def test_two_processes_train_as_one_with_the_joined_batch(folder):
     "Same images in each step, same weights, same measurements; what differs is the order in which numbers are added."
-    launch_two(tmp_path, JOINED, tmp_path)
-    subprocess.run([sys.executable, tmp_path / "script.py", tmp_path], check=True, timeout=300, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
-    seen = [json.loads((tmp_path / f"seen{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")]
+    seen = [json.loads((folder / f"seen{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")]
     assert len(seen[0]) > 4 and seen[0] == [first + second for first, second in zip(*seen[1:])]
-    alone, two, other = (torch.load(tmp_path / f"weights{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
-    assert all(torch.equal(two[name], other[name]) for name in two) and (tmp_path / "run2/model.safetensors").is_file()
+    alone, two, other = (torch.load(folder / f"weights{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    assert all(torch.equal(two[name], other[name]) for name in two) and (folder / "run2/model.safetensors").is_file()
     moved, apart = (sum((there[n] - w).square().sum() for n, w in alone.items() if w.is_floating_point()).sqrt()
-                    for there in (torch.load(tmp_path / "start1-0.pt", weights_only=True), two))
+                    for there in (torch.load(folder / "start1-0.pt", weights_only=True), two))
     assert apart < 5e-3 * moved, (apart, moved)
-    history = [pd.read_parquet(tmp_path / f"run{n}/history.parquet").query("kind == 'epoch'").reset_index(drop=True) for n in (1, 2)]
+    history = [pd.read_parquet(folder / f"run{n}/history.parquet").query("kind == 'epoch'").reset_index(drop=True) for n in (1, 2)]
     for column in ("loss_seg", "loss_risk", "loss_evidence", "dice", "cos_pooled_mean", "excess", "rlar_weight", "strength"):
         np.testing.assert_allclose(history[1][column], history[0][column], rtol=1e-3, atol=1e-4, err_msg=column)
 
 
-def test_where_one_must_stop_both_do(tmp_path):
-    launch_two(tmp_path, SCRIPT, tmp_path)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text())["said"] for rank in range(2))
+def test_where_one_must_stop_both_do(folder):
+    first, second = (json.loads((folder / f"{rank}.json").read_text())["said"] for rank in range(2))
     assert "another process" in first and "step 0: loss_seg nan on images" in second
 
 
@@ -151,24 +141,17 @@ def workers(launcher: subprocess.Popen) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    "The folder of a run that was launched, and ended."
-    launcher = launched(folder := tmp_path_factory.mktemp("launched") / "whole")
-    said, _ = launcher.communicate(timeout=300)
-    assert launcher.returncode == 0 and "Trained: " in said, said[-3000:]
-    return folder
-
-
-def test_a_notebook_launches_the_same_run(tmp_path, whole):
-    call = f"notebook_launcher(train_run, ({values(tmp_path / 'run')!r},), num_processes=2, use_port='{free_port()}')"
+    "The folder of a run that a notebook launched, and that was left alone."
+    folder = tmp_path_factory.mktemp("launched") / "whole"
+    call = f"notebook_launcher(train_run, ({values(folder)!r},), num_processes=2, use_port='{free_port()}')"
     cell = f"from accelerate import notebook_launcher\nfrom thyroid_rlar.launch import train_run\n{call}"
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
     NotebookClient(nb, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
-    ends = [load_file(folder / "model.safetensors") for folder in (tmp_path / "run", whole)]
-    assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
+    return folder
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found through pgrep")
-def test_a_launched_run_whose_process_dies_ends_and_goes_on_to_the_same_end(tmp_path, whole):
+def test_a_launched_run_whose_process_dies_ends_and_goes_on_to_the_same_end_as_a_notebooks(tmp_path, whole):
     killed = launched(tmp_path / "killed")
     while not (tmp_path / "killed/checkpoint/state.pt").is_file() and killed.poll() is None: time.sleep(0.02)
     both = workers(killed)
@@ -179,7 +162,7 @@ def test_a_launched_run_whose_process_dies_ends_and_goes_on_to_the_same_end(tmp_
 
     again = launched(tmp_path / "killed", "-p", "resume", True)
     said, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, said[-3000:]
+    assert again.returncode == 0 and "Trained: " in said, said[-3000:]
     ends = [load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "killed")]
     assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
     epochs = [pd.read_parquet(folder / "history.parquet").query("kind == 'epoch' and split == 'val'") for folder in (whole, tmp_path / "killed")]

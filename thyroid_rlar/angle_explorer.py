@@ -21,7 +21,7 @@ from IPython.display import display
 from plotly.subplots import make_subplots
 
 # %% ../nbs/84_angle_explorer.ipynb #b196d7e4
-from .explorers import Explorer
+from .explorers import Explorer, as_open
 from .figures import BLUE, GREEN, ORANGE, PURPLE, SKY, TEMPLATE, VERMILLION, as_text, cosine_quantiles
 from .files import read_parquet, resolve
 from .latent import MAPS, LatentMap, latent_map, saved_latents
@@ -97,7 +97,8 @@ class AngleExplorer(Explorer):
     "The angle between a run's tasks over the epochs, other runs beside it, and the latent space at each epoch."
     State = AngleState
 
-    def __init__(self, run: OpenRun, beside: Sequence[str | Path | Course] = (), **chosen):
+    def __init__(self, run: OpenRun | str | Path, beside: str | Path | Course | Sequence[str | Path | Course] = (), **chosen):
+        run, beside = as_open(run), [beside] if isinstance(beside, str | Path | Course) else beside
         self.maps = LatentExplorer(run, method=chosen.get("method", "pca"))
         self.beside = [c if isinstance(c, Course) else read_course(c) for c in beside]
         run = _watched(run)
@@ -236,7 +237,7 @@ def update(self: AngleExplorer, changed: set[str]) -> None:
         if changed & {"row", "epoch", "method"}: self._draw_map()
         if "method" in changed: self._dress_axes(self.fig, self.map())
         if changed & {"where", "split", "epoch"}: self._say_what(self.fig)
-    if "method" in changed and self.state.method not in self.maps._maps:
+    if "method" in changed and self.state.method not in self.maps._maps and not self.working("map"):
         self.work("map", self.maps.make_map(), lambda done: done and self._map_made())
     self.note.value = escape(" ".join(self.words()))
 
@@ -262,9 +263,11 @@ def words(self: AngleExplorer) -> list[str]:
     "What must be said beside the figure."
     s, r = self.state, self.run.nodules
     n, angles = r[r.split == s.split].image_id.nunique(), f"cos_{s.where}"
-    said = [f"{n} watched {'validation' if s.split == 'val' else 'training'} images; bands: 5 to 95 and 25 to 75 %."]
+    parts = {"val": "validation", "train": "training"}
+    said = [f"{n} watched {parts[s.split]} images; bands: 5 to 95 and 25 to 75 %."]
     if angles not in r or not r[angles].notna().any(): said = ["No task angles were recorded: they need contours and grades, and both tasks."]
     elif not self.path()[angles].notna().any(): said.append("The chosen nodule lacks a contour or a grade, so it has no angle.")
+    elif (own := self.path().split.iloc[-1]) != s.split: said.append(f"The chosen nodule is a {parts[own]} image.")
     if s.method not in self.maps._maps: said.append("The UMAP is being made, half a minute the first time; meanwhile the PCA.")
     elif self.map().note: said.append(self.map().note)
     return said if self.run.epochs() else [*said, "No latents were kept, so the map is empty."]

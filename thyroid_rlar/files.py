@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TextIO
@@ -77,6 +77,9 @@ def cache_folder(root: str | os.PathLike) -> Path:
     return beside if os.access(beside if beside.exists() else beside.parent, os.W_OK) else project_root() / "cache"
 
 # %% ../nbs/03_files.ipynb #012
+@lru_cache(64)
+def _real(folder: Path, which: tuple[int, int] | None) -> Path: return folder.resolve()      # a table asks it thousands of times
+
 def inside(root: Path,           # folder that holds the data set
            path: str | os.PathLike # relative to `root`
           ) -> Path:             # absolute, links resolved
@@ -84,7 +87,7 @@ def inside(root: Path,           # folder that holds the data set
     try: full = (root / path).resolve()
     except (OSError, RuntimeError, ValueError) as e:    # a loop of links, a zero byte
         raise DataError(root, "path", f"{str(path)!r} ({e})", "a path in this folder") from e
-    if not full.is_relative_to(root.resolve()):
+    if not full.is_relative_to(_real(root, _which(root))):
         raise DataError(root, "path", f"{str(path)!r}, which leads to {full}", "a path that stays in this folder")
     return full
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
+from pathlib import Path
 from textwrap import wrap
 
 # %% ../nbs/82_latent_explorer.ipynb #22dd9f07
@@ -18,11 +19,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from fastcore.basics import patch
-from plotly.subplots import make_subplots
 
 # %% ../nbs/82_latent_explorer.ipynb #74b54f61
-from .explorers import Explorer, beside, facts_html, nodule_facts, picture, redraw
-from .figures import GREY, TEMPLATE, as_text
+from .explorers import Explorer, beside, facts_html, heading, nodule_facts, picture, redraw, side_by_side
+from .figures import GREY, as_text
 from .latent import FEWEST, MAPS, Decoded, LatentMap, Plane, Traversal, latent_map, neighbours, plane, standardise
 from thyroid_rlar.latent_figures import (
     REACH,
@@ -33,11 +33,13 @@ from thyroid_rlar.latent_figures import (
     colour_choices,
     evidence_dots,
     grade_bars,
+    in_rows,
     map_figure,
     plane_figure,
     redraw_cohort,
     redraw_plane,
     repaint,
+    step_words,
     thumbnail,
 )
 from .opened import OpenRun
@@ -63,15 +65,16 @@ class LatentExplorer(Explorer):
     "A run's nodules on a map, and each of them pushed along its tasks' directions."
     State = LatentState
 
-    def __init__(self, run: OpenRun, **chosen):
+    def __init__(self, run: OpenRun | str | Path, **chosen):
         super().__init__(run, **chosen)
-        self._maps, self._z = {}, standardise(run.latents)
-        self.traversal, self.neighbours = lru_cache(8)(self._traversal), lru_cache(8)(self._neighbours)
+        self._maps, self._z = {}, standardise(self.run.latents)
+        self._traversals, self.neighbours = lru_cache(8)(self._traversal), lru_cache(8)(self._neighbours)
 
     def check(self, state: LatentState) -> None:
         super().check(state)
         for name, allowed in (("method", MAPS), ("color", tuple(colour_choices(self.run))), ("where", WHERE)):
             if getattr(state, name) not in allowed: raise ValueError(f"{name}: found {getattr(state, name)!r}, expected one of {allowed}")
+        if not isinstance(state.orthogonal, bool): raise ValueError(f"orthogonal: found {state.orthogonal!r}, expected True or False")
         for name in ("seg", "risk"):
             if not abs(getattr(state, name)) <= REACH: raise ValueError(f"{name}: found {getattr(state, name)}, expected -{REACH} to {REACH}")
         if (self.run.table.index.get_indexer(list(state.picked)) < 0).any():
@@ -82,20 +85,28 @@ class LatentExplorer(Explorer):
         if changes.get("row", self.state.row) != self.state.row: changes = {"seg": 0.0, "risk": 0.0} | changes
         super().choose(**changes)
 
-    def _traversal(self, row: int, where: str) -> Traversal: return Traversal(self.run.net, self.run.batch(row), where, self.run.output(row))
+    def _traversal(self, row: int, where: str, version: int) -> Traversal:
+        return Traversal(self.run.net, self.run.batch(row), where, self.run.output(row))
+
+    def traversal(self, row: int, where: str) -> Traversal:
+        "From memory while the weights stay what they are."
+        return self._traversals(row, where, self.run.version)
 
     def decoded(self) -> Decoded:
         "What the heads answer at the chosen step."
         s, t = self.state, self.traversal(self.state.row, self.state.where)
         return t.step(s.seg, s.risk, s.orthogonal) if s.seg or s.risk else t.at_start
 
-    def _neighbours(self, row: int) -> pd.DataFrame:
-        found = neighbours(self._z, self.run.rows.index(row), NEAR, self.run.table.group)
-        return found.assign(row=self.run.table.index[found.row])
+# %% ../nbs/82_latent_explorer.ipynb #420897b4
+@patch
+def _neighbours(self: LatentExplorer, row: int) -> pd.DataFrame:
+    found = neighbours(self._z, self.run.rows.index(row), NEAR, self.run.table.group)
+    return found.assign(row=self.run.table.index[found.row])
 
-    def near(self) -> pd.DataFrame:
-        "The chosen nodule's neighbours in latent space: see `neighbours`; `row` is the run's."
-        return self.neighbours(self.state.row)
+@patch
+def near(self: LatentExplorer) -> pd.DataFrame:
+    "The chosen nodule's neighbours in latent space: see `neighbours`; `row` is the run's."
+    return self.neighbours(self.state.row)
 
 # %% ../nbs/82_latent_explorer.ipynb #195707f9
 @patch
@@ -112,7 +123,8 @@ def map(self: LatentExplorer, method: str = "", compute: bool = True) -> LatentM
 @patch
 def make_map(self: LatentExplorer) -> Iterator[bool]:
     "Make the map in a thread of its own; yields whether it is done."
-    for _ in beside(lambda progress: self.map()): yield False
+    method = self.state.method
+    for _ in beside(lambda progress: self.map(method)): yield False
     yield True
 
 # %% ../nbs/82_latent_explorer.ipynb #b822a4a6
@@ -145,12 +157,7 @@ def answers(self: LatentExplorer, now: Decoded) -> tuple[np.ndarray, np.ndarray,
 @patch
 def words(self: LatentExplorer, now: Decoded) -> str:
     "The step in one sentence."
-    t, s = self.traversal(self.state.row, self.state.where), self.state
-    grades = [self.run.scale.grades[int(d.grade[0])] for d in (t.at_start, now)]
-    loss = lambda name: "{:.2f} → {:.2f}".format(*(float(getattr(d.losses, name)) for d in (t.at_start, now)))
-    angle = "" if "directions" not in t.__dict__ else f" Angle of the directions {np.degrees(np.arccos(np.clip(t.cosine, -1, 1))):.1f}° ({s.where})."
-    return (f"Dice to the start {float(now.dice):.3f}. Segmentation loss {loss('seg')}, grade loss {loss('risk')}, "
-            f"predicted grade {' → '.join(grades)}.{angle}")
+    return step_words(self.traversal(self.state.row, self.state.where), now, self.run.scale.grades, self.state.where)
 
 # %% ../nbs/82_latent_explorer.ipynb #f836344c
 @patch
@@ -161,45 +168,51 @@ def notes(self: LatentExplorer) -> list[str]:
     return found + self.traversal(self.state.row, self.state.where).notes
 
 @patch
+def still_plane(self: LatentExplorer, points: int = 21) -> go.Figure:
+    "The plane of both steps around the chosen nodule as one still figure."
+    *_, found = plane(self.traversal((s := self.state).row, s.where), REACH, points, orthogonal=s.orthogonal)
+    return plane_figure(self.run, found, s.seg, s.risk)
+
+@patch
+def _near_words(self: LatentExplorer, near: pd.DataFrame) -> list[str]:
+    "Of each neighbour: distance, grade, and whether it is of the same case."
+    grades = self.run.table.grade[near.row]
+    graded = [f", grade {g}" if isinstance(g, str) else "" for g in grades]
+    return [f"{d:.2f} sd{g}{', same case' if same else ''}" for d, g, same in zip(near.distance, graded, near.same_case)]
+
+@patch
+def _still_near(self: LatentExplorer) -> list[tuple[str, go.Figure]]:
+    thumb = lambda row: picture(self.run.image(row), {}).update_layout(margin=dict(l=8, r=8, t=40, b=0))
+    said = zip(self.near().row, self._near_words(self.near()))
+    return [(f"near: {as_text(self.run.table.image_id[row])}<br>{words}", thumb(row)) for row, words in said]
+
+# %% ../nbs/82_latent_explorer.ipynb #529a4200
+@patch
 def static(self: LatentExplorer) -> go.Figure:
-    "The state as one still figure."
-    now = self.decoded()
+    "The state as one still figure, with the cohort where one is picked."
+    now, image = self.decoded(), self.run.image(self.state.row)
     p_start, p_now, e_start, e_now = self.answers(now)
-    parts = [map_figure(self.run, self.state.color, self.map(), self.marks()), picture(self.run.image(self.state.row), self.contours(now)),
-             grade_bars(self.run, p_start, p_now), evidence_dots(self.run, e_start, e_now).update_traces(showlegend=False)]
-    titles = [self.map().method.upper(), as_text(self.run.table.image_id[self.state.row]), "grade", "evidence"]
-    fig = make_subplots(2, 2, subplot_titles=titles, column_widths=[0.52, 0.48], vertical_spacing=0.14, horizontal_spacing=0.2)
-    for k, part in enumerate(parts):
-        r, c = k // 2 + 1, k % 2 + 1
-        for trace in part.data: fig.add_trace(trace, row=r, col=c)
-        keep = lambda axis: {k: v for k, v in axis.to_plotly_json().items() if k not in ("anchor", "domain", "scaleanchor")}
-        fig.update_xaxes(keep(part.layout.xaxis), row=r, col=c).update_yaxes(keep(part.layout.yaxis), row=r, col=c)
-    fig.update_yaxes(scaleanchor="x2", constrain="domain", row=1, col=2)
-    fig.data[1].marker.colorbar.update(x=0.44, y=0.8, len=0.44)
+    drawn = map_figure(self.run, self.state.color, self.map(), self.marks()).update_layout(margin=dict(r=90, t=30, b=55))
+    bars, dots = grade_bars(self.run, p_start, p_now), evidence_dots(self.run, e_start, e_now).update_traces(showlegend=False)
+    rows = [[(self.map().method.upper(), drawn), (as_text(self.run.table.image_id[self.state.row]), picture(image, self.contours(now)))],
+            [("grade", bars), *([("evidence", dots)] if len(e_now) else [])], self._still_near()]
+    if self.state.picked: rows.append([("", cohort_figure(self.run, self.state.picked))])
+    fig = in_rows(rows, [425, 335, 180, 320][:len(rows)], below=90)
     text = "<br>".join(as_text(line) for line in wrap(" ".join([self.words(now), *self.notes()]), 160))
-    fig.add_annotation(text=text, xref="paper", yref="paper", x=0, y=-0.12, xanchor="left", yanchor="top", align="left", showarrow=False,
-                       font=dict(size=12, color=GREY))
-    legend = dict(orientation="h", x=0, y=-0.19, yref="paper", yanchor="top")
-    fig.update_xaxes(title_standoff=4)
-    return fig.update_layout(template=TEMPLATE, height=880, width=1100, barmode="group", legend=legend, margin=dict(l=60, r=20, t=40, b=150))
+    fig.add_annotation(text=text, xref="paper", yref="paper", x=0.02, y=50 / fig.layout.height, xanchor="left", yanchor="top", align="left",
+                       showarrow=False, font=dict(size=12, color=GREY))
+    return fig.update_layout(barmode="group", legend=dict(orientation="h", x=0.02, y=55 / fig.layout.height, yref="paper", yanchor="bottom"))
 
 # %% ../nbs/82_latent_explorer.ipynb #c3b3a389
 def _slider(name: str, tip: str) -> widgets.FloatSlider:
     return widgets.FloatSlider(min=-REACH, max=REACH, step=0.01, description=name, tooltip=tip, readout_format="+.2f",
                                style=dict(description_width="130px"), layout=dict(width="440px"))
 
-def _side_by_side(*parts: widgets.Widget) -> widgets.HBox:
-    "Parts in their own widths, below each other where the page is narrow."
-    boxes = [widgets.VBox([part], layout=dict(flex="0 0 auto")) for part in parts]      # a figure's own `layout` is plotly's
-    return widgets.HBox(boxes, layout=dict(flex_flow="row wrap"))
-
-def _heading(text: str) -> widgets.HTML: return widgets.HTML(f"<b style='font-size:14px'>{text}</b>")
-
 # %% ../nbs/82_latent_explorer.ipynb #2ca8d60e
 @patch
 def build(self: LatentExplorer) -> widgets.Widget:
     self.note, self.facts, self.sentence = (widgets.HTML() for _ in range(3))
-    top = _side_by_side(self._build_map(), self._build_nodule())
+    top = side_by_side(self._build_map(), self._build_nodule())
     return widgets.VBox([top, self._build_steps(), self._build_plane(), self._build_near(), self._build_cohort()])
 
 @patch
@@ -239,8 +252,8 @@ def _build_steps(self: LatentExplorer) -> widgets.Widget:
     p_start, p_now, e_start, e_now = self.answers(self.decoded())
     self.grade_fig = self.figure(grade_bars(self.run, p_start, p_now))
     self.evidence_fig = self.figure(evidence_dots(self.run, e_start, e_now)) if len(e_now) else None
-    left = widgets.VBox([_heading("Push z, in shares of its own norm |z|"), *parts, self.grade_fig])
-    return widgets.VBox([_side_by_side(left, *([self.evidence_fig] if self.evidence_fig else [])), self.sentence])
+    left = widgets.VBox([heading("Push z, in shares of its own norm |z|"), *parts, self.grade_fig])
+    return widgets.VBox([side_by_side(left, *([self.evidence_fig] if self.evidence_fig else [])), self.sentence])
 
 # %% ../nbs/82_latent_explorer.ipynb #e0996f3b
 @patch
@@ -258,15 +271,15 @@ def _build_near(self: LatentExplorer) -> widgets.Widget:
     self.near_buttons = [widgets.Button(layout=dict(width=f"{THUMB}px", margin="0 8px 0 0"))
                          for _ in range(min(NEAR, len(self.run.table) - 1))]
     for k, button in enumerate(self.near_buttons): button.on_click(lambda _, k=k: self.choose(row=int(self.near().row[k])))
-    title = _heading("Nearest in latent space (distance in standard deviations per channel)")
-    return widgets.VBox([title, self.thumbs, _side_by_side(*self.near_buttons)])
+    title = heading("Nearest in latent space (distance in standard deviations per channel)")
+    return widgets.VBox([title, self.thumbs, side_by_side(*self.near_buttons)])
 
 @patch
 def _build_cohort(self: LatentExplorer) -> widgets.Widget:
     self.cohort_list = widgets.HTML()
     self.cohort_fig = self.figure(cohort_figure(self.run, ()))
-    body = _side_by_side(self.cohort_list, self.cohort_fig)
-    self.cohort_box = widgets.VBox([_heading("Cohort within the lasso"), body], layout=dict(display="none"))
+    body = side_by_side(self.cohort_list, self.cohort_fig)
+    self.cohort_box = widgets.VBox([heading("Cohort within the lasso"), body], layout=dict(display="none"))
     return self.cohort_box
 
 # %% ../nbs/82_latent_explorer.ipynb #56140c71
@@ -295,7 +308,7 @@ def _show_map(self: LatentExplorer) -> None:
             trace.update(x=drawn.now.x.to_numpy()[k], y=drawn.now.y.to_numpy()[k])
         self.map_fig.layout.xaxis.title.text, self.map_fig.layout.yaxis.title.text = map(as_text, drawn.axes)
         self.map_fig.update_layout(xaxis_autorange=True, yaxis_autorange=True)
-    if not ready: self.work("map", self.make_map(), lambda done: done and self._show_map())
+    if not ready and not self.working("map"): self.work("map", self.make_map(), lambda done: done and self._show_map())
 
 @patch
 def _recolour(self: LatentExplorer) -> None:
@@ -313,13 +326,6 @@ def _show_nodule(self: LatentExplorer) -> None:
     self.thumbs.value = f"<div style='display:flex'>{thumbs}</div>"
     for button, name in zip(self.near_buttons, self.run.table.image_id[near.row]): button.description = str(name)
     self._hide_plane()
-
-@patch
-def _near_words(self: LatentExplorer, near: pd.DataFrame) -> list[str]:
-    "Of each neighbour: distance, grade, and whether it is of the same case."
-    grades = self.run.table.grade[near.row]
-    graded = [f", grade {g}" if isinstance(g, str) else "" for g in grades]
-    return [f"{d:.2f} sd{g}{', same case' if same else ''}" for d, g, same in zip(near.distance, graded, near.same_case)]
 
 # %% ../nbs/82_latent_explorer.ipynb #ac38e79d
 @patch

@@ -7,8 +7,6 @@ __all__ = ['UNITS', 'WAYS', 'QUANTILES', 'SHOWN', 'ANGLES', 'MARKS', 'LINES', 'P
            'evidence_of', 'NoduleReport', 'angle_of', 'size_mm', 'nodule_report', 'attributed', 'page_body', 'page']
 
 # %% ../nbs/88_nodule_report.ipynb #0cc3efcc
-import base64
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,11 +17,11 @@ from pathlib import Path
 # %% ../nbs/88_nodule_report.ipynb #d597a046
 import numpy as np
 import pandas as pd
-from PIL import Image
 from skimage.measure import label, regionprops
 
 # %% ../nbs/88_nodule_report.ipynb #4c6ebddb
 from .attribution import METHODS, Method, Target, attribute, look
+from .attribution_explorer import colour_limit, overlay
 from .calculator import Calculation, calculation_html, calculation_of, calculator_html
 from .evaluation import probability_columns
 from .explorers import nodule_facts
@@ -163,8 +161,9 @@ def attributed(run: OpenRun, row: int, method: Method | None = None) -> dict[str
     batch, method = run.batch(row), method or Method()
     subject = look(run.net, batch["image"], batch["valid"])
     asked = {"seg": ("the mask", Target("mask")), "risk": ("the next grade", Target("next"))}
-    return {f"{METHODS[method.name]}, {what}": attribute(run.net, subject, target, method).map
-            for task, (what, target) in asked.items() if task in run.tasks}
+    found = {what: attribute(run.net, subject, target, method) for task, (what, target) in asked.items() if task in run.tasks}
+    delta = lambda a: f", convergence delta {100 * abs(a.delta / a.difference):.2g} %" if a.delta == a.delta and a.difference else ""
+    return {f"{METHODS[method.name]}, {what}{delta(a)}": a.map for what, a in found.items()}
 
 # %% ../nbs/88_nodule_report.ipynb #3df9ae94
 MARKS = {"reader": (SKY, "reader's contour"), "contour": (ORANGE, "model's contour"), "model": (PURPLE, "model's prediction")}
@@ -189,16 +188,6 @@ def _picture(source: str, size: tuple[int, int], contours: Mapping[str, np.ndarr
             f"</svg><figcaption>{escape(caption)}</figcaption></figure>")
 
 # %% ../nbs/88_nodule_report.ipynb #425819de
-def _overlay(image: np.ndarray, found: np.ndarray) -> str:
-    "A signed map (h,w) over a grey image as a data address: orange for, blue against, full colour at the 99th percentile of its absolute values."
-    full = np.percentile(np.abs(found), 99) or 1.0
-    strength = np.clip(np.abs(found) / full, 0, 1)[..., None] * 0.85
-    colour = np.where(found[..., None] > 0, [230, 159, 0], [0, 114, 178])
-    grey = np.repeat(image[..., None], 3, 2)
-    buffer = io.BytesIO()
-    Image.fromarray(np.uint8(np.round(grey * (1 - strength) + colour * strength))).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
 def _inside(found: np.ndarray, mask: np.ndarray | None) -> str:
     "How much of a map's absolute values lies within the reader's contour."
     total = float(np.abs(found).sum())
@@ -213,7 +202,8 @@ def _pictures(r: NoduleReport) -> str:
              "model's dashed orange" if (r.predicted >= 0.5).any() else "the model finds no nodule"]
     grey = png_address(r.image)
     parts = [_picture(grey, size, {}, f"as the network sees it, {size[1]} × {size[0]} pixels"), _picture(grey, size, both, ", ".join(drawn))]
-    parts += [_picture(_overlay(r.image, found), size, {"reader": r.reader}, f"{name}: orange for, blue against{_inside(found, r.reader)}")
+    parts += [_picture(png_address(overlay(r.image, found, colour_limit(found))), size, {"reader": r.reader},
+                       f"{name}: green for, magenta against{_inside(found, r.reader)}")
               for name, found in r.attributions.items()]
     return f'<div class="pictures">{"".join(parts)}</div>'
 

@@ -50,7 +50,12 @@ class OpenRun:
     nodules: pd.DataFrame = field(default_factory=pd.DataFrame)   # of nodules.parquet: watched images, epoch by epoch
     folder: Path | None = None   # None: a run that lives in memory only
 
-    def __post_init__(self): self.output = lru_cache(16)(self._output)
+    def __post_init__(self): self._outputs = lru_cache(16)(self._output)
+
+    @property
+    def version(self) -> int:
+        "A number that grows whenever the weights are changed in place, as by an optimizer."
+        return sum(p._version for p in self.net.parameters())
 
     @property
     def scale(self) -> Scale: return self.data.prepared.manifest.scale
@@ -75,11 +80,17 @@ def batch(self: OpenRun, row: int) -> dict[str, Tensor]:
     device = next(self.net.parameters()).device
     return {k: v[None].to(device) for k, v in self.data[row].items()}
 
+# %% ../nbs/78_opened.ipynb #0f6e8719
 @patch
 @torch.no_grad()
-def _output(self: OpenRun, row: int) -> Output:
+def _output(self: OpenRun, row: int, version: int) -> Output:
     batch = self.batch(row)
     return self.net(batch["image"], batch["valid"])
+
+@patch
+def output(self: OpenRun, row: int) -> Output:
+    "What the network answers, from memory while its weights stay what they are."
+    return self._outputs(row, self.version)
 
 @patch
 def predicted(self: OpenRun, row: int) -> np.ndarray:
@@ -207,14 +218,19 @@ class ExploreSettings:
     data_dir: str | None = None
     images: str = "unseen"
     nodules: int = 2
+    beside: tuple[Path, ...] = ()
+    step: float = 0.2               # of both tasks' directions, shares of |z|
     out_dir: Path | None = None     # default <run_dir>/explore
 
 def check_exploring(values: Mapping[str, object]) -> ExploreSettings:
     "ExploreSettings from names and values. Raises ParameterError naming what is allowed."
-    defaults = {f.name: None for f in fields(ExploreSettings)} | {"images": "unseen", "nodules": 2}
+    defaults = {f.name: None for f in fields(ExploreSettings)} | {"images": "unseen", "nodules": 2, "step": 0.2}
     values = typed_parameters(values, defaults)
     if values.get("images", "unseen") not in ("unseen", "all"): raise ParameterError(f"images: found {values['images']!r}, expected unseen or all")
     if values.get("nodules", 2) < 1: raise ParameterError(f"nodules: found {values['nodules']}, expected at least 1")
+    if not 0 <= values.get("step", 0.2) <= 0.5: raise ParameterError(f"step: found {values['step']}, expected 0 to 0.5")
     e = check_evaluation({k: values.get(k) for k in ("run_dir", "source", "data_dir")})
+    beside = tuple(resolve(name.strip()) for name in (values.get("beside") or "").split(",") if name.strip())
     out_dir = resolve(values["out_dir"]) if values.get("out_dir") else inside(e.run_dir, "explore")
-    return ExploreSettings(e.run_dir, e.source, e.data_dir, values.get("images", "unseen"), values.get("nodules", 2), out_dir)
+    return ExploreSettings(e.run_dir, e.source, e.data_dir, values.get("images", "unseen"), values.get("nodules", 2), beside,
+                           values.get("step", 0.2), out_dir)
