@@ -77,6 +77,9 @@ def cache_folder(root: str | os.PathLike) -> Path:
     return beside if os.access(beside if beside.exists() else beside.parent, os.W_OK) else project_root() / "cache"
 
 # %% ../nbs/03_files.ipynb #012
+def _which(path: Path) -> tuple[int, int] | None:
+    with suppress(OSError): return (found := path.stat()).st_dev, found.st_ino
+
 @lru_cache(64)
 def _real(folder: Path, which: tuple[int, int] | None) -> Path: return folder.resolve()      # a table asks it thousands of times
 
@@ -112,9 +115,6 @@ def code_digest(*modules: str) -> str:
 
 # %% ../nbs/03_files.ipynb #a297be38
 _HELD: dict[Path, tuple] = {}      # folders that this process keeps: the open lock, and which folder it was
-
-def _which(path: Path) -> tuple[int, int] | None:
-    with suppress(OSError): return (found := path.stat()).st_dev, found.st_ino
 
 def _open_itself(path: str, flags: int) -> int: return os.open(path, flags | os.O_NOFOLLOW, 0o666)      # a link would empty another's file
 
