@@ -11,10 +11,10 @@ from thyroid_rlar.network import LITE0, MultitaskNet, NetworkSettings
 from thyroid_rlar.objectives import RLARObjective, StepContext
 from thyroid_rlar.rlar import FORMS, RLAR, WHERE, flatten_gradient, unit
 
-# what may differ from float64: a direction (1 - its cosine with float64's), the cosine of the two tasks, the penalty (of at most 1), and the whole
-# gradient of an objective (relative)
-TOLERANCES = {"float32": dict(direction=1e-6, cosine=1e-5, penalty=1e-5, gradient=1e-4),
-              "bf16": dict(direction=0.01, cosine=0.02, penalty=0.02, gradient=0.1)}
+# what may differ from float64: a direction (1 - its cosine with float64's), the cosine of the two tasks, the penalty and the whole gradient of
+# an objective (both as shares)
+TOLERANCES = {"float32": dict(direction=1e-6, cosine=1e-5, penalty=1e-4, gradient=1e-4),
+              "bf16": dict(direction=0.01, cosine=0.02, penalty=0.1, gradient=0.04)}
 
 
 @pytest.fixture(autouse=True)
@@ -73,5 +73,5 @@ def test_penalty_and_gradient(network, form, precision):
         report = RLARObjective(RLAR(weight=1.0, form=form)).backward(net, batch, context)
         found[each] = report.alignment.penalty.item(), torch.cat([p.grad.flatten().double() for p in net.parameters() if p.grad is not None])
     (penalty, gradient), (exact_penalty, exact) = found[precision], found["float64"]
-    assert abs(penalty - exact_penalty) < TOLERANCES[precision]["penalty"]
+    assert abs(penalty - exact_penalty) < TOLERANCES[precision]["penalty"] * exact_penalty
     assert (gradient - exact).norm() < TOLERANCES[precision]["gradient"] * exact.norm()
