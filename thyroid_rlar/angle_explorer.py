@@ -77,6 +77,8 @@ def course_lines(course: Course, where: str, split: str) -> dict[str, tuple[np.n
     return lines
 
 # %% ../nbs/84_angle_explorer.ipynb #6e40865f
+_PARTS = {"val": "validation", "train": "training"}
+
 @dataclass
 class AngleState:
     "What the angle explorer shows."
@@ -184,7 +186,7 @@ def static(self: AngleExplorer) -> go.Figure:
 def _say_what(self: AngleExplorer, fig: go.Figure) -> None:
     "Titles of the two panels that depend on the state."
     s = self.state
-    fig.layout.annotations[0].text = f"task cosine ({s.where}, {'validation' if s.split == 'val' else 'training'})"
+    fig.layout.annotations[0].text = f"task cosine ({s.where}, {_PARTS[s.split]})"
     low, *_, high = self.run.scale.grades
     kept = f"latent space, epoch {s.epoch}: grade {low} dark to {high} yellow"
     fig.layout.annotations[1].text = kept if s.epoch >= 0 else "latent space: none was kept"
@@ -211,7 +213,7 @@ def build(self: AngleExplorer) -> widgets.Widget:
     epochs = self.run.epochs()
     self.controls = {
         "where": widgets.ToggleButtons(options=list(WHERE), style=dict(button_width="70px")),
-        "split": widgets.ToggleButtons(options=[({"val": "validation", "train": "training"}[s], s) for s in self.splits(self.run)],
+        "split": widgets.ToggleButtons(options=[(_PARTS[s], s) for s in self.splits(self.run)],
                                        style=dict(button_width="90px")),
         "method": widgets.ToggleButtons(options=[(m.upper(), m) for m in MAPS], style=dict(button_width="70px")),
         "epoch": widgets.SelectionSlider(options=epochs or _NONE, description="map at epoch", layout=dict(width="420px"),
@@ -263,11 +265,10 @@ def words(self: AngleExplorer) -> list[str]:
     "What must be said beside the figure."
     s, r = self.state, self.run.nodules
     n, angles = r[r.split == s.split].image_id.nunique(), f"cos_{s.where}"
-    parts = {"val": "validation", "train": "training"}
-    said = [f"{n} watched {parts[s.split]} images; bands: 5 to 95 and 25 to 75 %."]
+    said = [f"{n} watched {_PARTS[s.split]} images; bands: 5 to 95 and 25 to 75 %."]
     if angles not in r or not r[angles].notna().any(): said = ["No task angles were recorded: they need contours and grades, and both tasks."]
     elif not self.path()[angles].notna().any(): said.append("The chosen nodule lacks a contour or a grade, so it has no angle.")
-    elif (own := self.path().split.iloc[-1]) != s.split: said.append(f"The chosen nodule is a {parts[own]} image.")
+    elif (own := self.path().split.iloc[-1]) != s.split: said.append(f"The chosen nodule is a {_PARTS[own]} image.")
     if s.method not in self.maps._maps: said.append("The UMAP is being made, half a minute the first time; meanwhile the PCA.")
     elif self.map().note: said.append(self.map().note)
     return said if self.run.epochs() else [*said, "No latents were kept, so the map is empty."]

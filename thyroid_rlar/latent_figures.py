@@ -287,7 +287,7 @@ def _place(whole: go.Figure, part: go.Figure, box: tuple[float, float, float, fl
 # %% ../nbs/81_latent_figures.ipynb #ccb13233
 def in_rows(rows: Sequence[Sequence[tuple[str, go.Figure]]], heights: Sequence[int], width: int = 1100, below: int = 0) -> go.Figure:
     "Titled figures in rows of these heights, pixels, each in its own margins, over `below` pixels for words and legend."
-    height, top = sum(heights) + below, sum(heights) + below
+    height = top = sum(heights) + below
     whole = go.Figure(layout=dict(template=TEMPLATE, height=height, width=width, margin=dict(l=0, r=0, t=0, b=0)))
     for row, tall in zip(rows, heights):
         for k, (title, part) in enumerate(row):
