@@ -103,6 +103,12 @@ def test_a_lasso_gives_a_cohort(opened, lab):
     until(lambda: box.get_by_text("Cohort within the lasso").is_visible(), "the cohort shows", opened.page)
     assert box.get_by_text(f"save all {sum(x < middle for x in xs)} as CSV").is_visible()
     opened.screenshot(lab.screenshots / "cohort.png", box)
+    box.get_by_role("button", name="UMAP", exact=True).click()
+    until(lambda: drawing.evaluate("p => p._fullLayout.xaxis.title.text") == "UMAP 1", "the other map", opened.page, 90)
+    until(lambda: not drawing.evaluate("p => (p._fullLayout.selections || []).length"), "without the outline drawn on the first", opened.page)
+    assert box.get_by_text("Cohort within the lasso").is_visible()
+    box.get_by_role("button", name="PCA", exact=True).click()
+    opened.settle()
 
 
 def test_the_plane_grows_and_the_sliders_live(opened, lab):
@@ -137,6 +143,8 @@ def test_epochs_and_places_of_the_angle(opened, lab):
     box.get_by_role("button", name="map", exact=True).click()
     until(lambda: drawing.inner_text() != title, "another place of the angle", opened.page)
     opened.screenshot(lab.screenshots / "angle-map.png", box)
+    box.get_by_role("button", name="UMAP", exact=True).click()
+    until(lambda: drawing.evaluate("p => p._fullLayout.xaxis2.title.text") == "UMAP 1", "the other map", opened.page, 90)
 
 
 def test_other_targets_are_attributed(opened, lab):
@@ -156,6 +164,26 @@ def test_other_targets_are_attributed(opened, lab):
     until(lambda: "through the free half" in drawing.inner_text(), "the two halves show", opened.page, 90)
     opened.settle()
     opened.screenshot(lab.screenshots / "attribution-target.png", box)
+    before, nodule = drawing.evaluate(pictures), chosen(box)
+    box.locator("button[title^='the next nodule']").click()
+    until(lambda: chosen(box) != nodule and drawing.evaluate(pictures) != before, "another nodule's pictures", opened.page, 90)
+
+
+def test_a_page_that_is_loaded_again_shows_what_was_chosen(opened):
+    "The kernel lives on, and its widgets come back as they are, not as they were built."
+    shown = "p => [p._fullData[0].source, p._fullData.slice(1).map(t => Array.from(t.x || []))]"
+    box = explorer(opened, 0)
+    box.locator("button[title^='the next nodule']").click()
+    opened.settle()
+    nodule, before = chosen(box), plots(box).nth(1).evaluate(shown)
+    opened.page.locator(".jp-NotebookPanel").press("Control+s")
+    opened.settle()
+    opened.page.reload(timeout=120_000)
+    box = explorer(opened, 0)
+    until(lambda: chosen(box) == nodule, "the list shows the same nodule", opened.page, 60)
+    until(lambda: plots(box).nth(1).evaluate(shown) == before, "and the picture is that nodule's", opened.page)
+    until(lambda: plots(explorer(opened, 2)).first.evaluate("p => p._fullData[0].visible"), "attributions are not blank", opened.page)
+    opened.settle()
 
 
 def test_in_the_dark(opened, lab):

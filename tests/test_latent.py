@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from machine import DEVICE
 
 from thyroid_rlar.files import DataError
 from thyroid_rlar.latent import SKIPS_FIXED, Traversal, latent_map, neighbours, plane, standardise
@@ -19,7 +20,7 @@ def trained(request, tmp_path_factory):
     "A network trained on the repository's phantoms, its data and its folder."
     folder = tmp_path_factory.mktemp(request.param)
     s = check_parameters(dict(source="folder", data_dir="data/phantom", out_dir=str(folder), image_size="64x96", epochs=16, batch_size=4,
-                              device="cpu", fold="all", objective="sum", network=request.param))
+                              device=DEVICE.type, fold="all", objective="sum", network=request.param))
     run = load_data(s, open_source(s, progress=False), progress=False)
     trainer = make_trainer(s, run, run_folder(s))
     history = trainer.fit()
@@ -28,11 +29,11 @@ def trained(request, tmp_path_factory):
     return trainer.net.eval(), run.data, folder
 
 
-def batch_of(data, row: int) -> dict: return {k: v[None] for k, v in data[row].items()}
+def batch_of(data, row: int) -> dict: return {k: v[None].to(DEVICE) for k, v in data[row].items()}
 
 
 def latents(net, data) -> pd.DataFrame:
-    with torch.no_grad(): z = [net.encode(data[row]["image"][None])[0].mean((2, 3))[0].numpy() for row in range(len(data))]
+    with torch.no_grad(): z = [net.encode(data[row]["image"][None].to(DEVICE))[0].mean((2, 3))[0].cpu().numpy() for row in range(len(data))]
     return pd.DataFrame(z, index=data.prepared.manifest.rows.image_id)
 
 

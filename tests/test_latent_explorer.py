@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
+from thyroid_rlar.angle_explorer import AngleExplorer
 from thyroid_rlar.files import project_root
 from thyroid_rlar.latent_explorer import REACH, LatentExplorer
 from thyroid_rlar.opened import OpenRun, open_run
@@ -165,3 +166,9 @@ def test_a_umap_is_made_while_the_page_shows_the_pca(run):
     again = LatentExplorer(run)
     assert again.view is not None and again.map_fig.layout.xaxis.title.text == "UMAP 1" and again.note.value == ""
     again.close()
+
+
+def test_a_still_picture_of_the_angles_waits_for_its_umap(run):
+    shutil.rmtree(run.folder / "explore", ignore_errors=True)
+    still = AngleExplorer(run, method="umap").static()
+    assert still.layout.xaxis2.title.text == "UMAP 1"

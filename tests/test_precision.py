@@ -1,5 +1,6 @@
 """Directions, cosine and penalty in float32 and under bf16 autocast are those of float64, within stated tolerances."""
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -46,11 +47,17 @@ def in_precision(precision: str, net: MultitaskNet, batch: dict[str, Tensor]):
     return copy.deepcopy(net).double(), {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}, StepContext()
 
 
-def readings(precision: str, network: str, where: str) -> tuple[Tensor, Tensor, Tensor]:
-    "Unit directions of both tasks (B,d), and their cosines (B,)."
+@cache                                                       # for both places, and float64 for all that is held against it
+def gradients(precision: str, network: str) -> tuple[Tensor, Tensor]:
+    "Both tasks' gradients at z, (B,C,h,w) each."
     net, batch, context = in_precision(precision, *example(network))
     with context.autocast(): p = probe(net, batch)
-    (u_seg, *_), (u_risk, *_) = (unit(flatten_gradient(g, where)) for g in (p.g_seg, p.g_risk))
+    return p.g_seg, p.g_risk
+
+
+def readings(precision: str, network: str, where: str) -> tuple[Tensor, Tensor, Tensor]:
+    "Unit directions of both tasks (B,d), and their cosines (B,)."
+    (u_seg, *_), (u_risk, *_) = (unit(flatten_gradient(g, where)) for g in gradients(precision, network))
     return u_seg.double(), u_risk.double(), (u_seg * u_risk).sum(1).double()
 
 
@@ -63,15 +70,18 @@ def test_directions_and_cosine(network, where, precision):
     assert (found[2] - exact[2]).abs().max() < limits["cosine"]
 
 
+@cache
+def step(precision: str, network: str, form: str) -> tuple[float, Tensor]:
+    "Penalty and gradient of RLAR's objective."
+    net, batch, context = in_precision(precision, *example(network, "test_efficientnet"))
+    report = RLARObjective(RLAR(weight=1.0, form=form)).backward(net, batch, context)
+    return report.alignment.penalty.item(), torch.cat([p.grad.flatten().double() for p in net.parameters() if p.grad is not None])
+
+
 @pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("network", ["shared_map", "unet"])
 def test_penalty_and_gradient(network, form, precision):
-    found = {}
-    for each in (precision, "float64"):
-        net, batch, context = in_precision(each, *example(network, "test_efficientnet"))
-        report = RLARObjective(RLAR(weight=1.0, form=form)).backward(net, batch, context)
-        found[each] = report.alignment.penalty.item(), torch.cat([p.grad.flatten().double() for p in net.parameters() if p.grad is not None])
-    (penalty, gradient), (exact_penalty, exact) = found[precision], found["float64"]
+    (penalty, gradient), (exact_penalty, exact) = step(precision, network, form), step("float64", network, form)
     assert abs(penalty - exact_penalty) < TOLERANCES[precision]["penalty"] * exact_penalty
     assert (gradient - exact).norm() < TOLERANCES[precision]["gradient"] * exact.norm()

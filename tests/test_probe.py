@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_runs import TINY, papermill, parameters_cell
+from test_runs import SMALL, here, papermill, parameters_cell
 
 from thyroid_rlar.interference import ProbeSettings
 
@@ -14,10 +14,7 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs with spaces é")
     for network, stride in (("shared_map", 8), ("unet", 4)):
         out = folder / network
-        out.mkdir()
-        parameters = ["-p", "out_dir", out, "-p", "objective", "sum", "-p", "epochs", 1, "-p", "network", network, "-p", "stride", stride]
-        done = papermill("train.ipynb", out / "train.ipynb", *TINY, *parameters)
-        assert done.returncode == 0, done.stderr[-3000:]
+        here("train.ipynb", **SMALL | dict(out_dir=str(out), objective="sum", epochs=1, network=network, stride=stride))
     return folder
 
 
@@ -38,25 +35,19 @@ def test_probe_measures_the_images_that_each_run_left_out(runs, tmp_path):
 
 
 def test_probe_goes_on_where_it_was_stopped(runs, tmp_path):
-    one = ["-p", "out_dir", tmp_path, "-p", "shares", 1e-4, "-p", "images", 1]        # too few for any interval
-    done = papermill("probe.ipynb", tmp_path / "first.ipynb", "-p", "run_dirs", runs / "unet", *one)
-    assert done.returncode == 0, done.stderr[-3000:]
+    one = dict(out_dir=str(tmp_path), shares=1e-4, images=1)        # too few for any interval
+    here("probe.ipynb", run_dirs=str(runs / "unet"), **one)
     parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()}
     first = pd.read_parquet(tmp_path / "levels.parquet")
-    done = papermill("probe.ipynb", tmp_path / "both.ipynb", "-p", "run_dirs", f"{runs / 'unet'}, {runs / 'shared_map'}", *one)
-    assert done.returncode == 0, done.stderr[-3000:]
+    here("probe.ipynb", run_dirs=f"{runs / 'unet'}, {runs / 'shared_map'}", **one)
     assert len(parts) == 2 and all(path.stat().st_mtime_ns == written for path, written in parts.items())
     both = pd.read_parquet(tmp_path / "levels.parquet")
     pd.testing.assert_frame_equal(both[both.network == "unet"].reset_index(drop=True), first)
 
 
-@pytest.mark.parametrize("parameters, message", [
-    (["-p", "run_dir", "x"], "run_dirs"),
-    (["-p", "run_dirs", "no/such/runs"], "no finished run in"),
-])
-def test_what_is_wrong_is_an_error_that_says_what_is_right(tmp_path, parameters, message):
-    done = papermill("probe.ipynb", tmp_path / "out.ipynb", *parameters)
-    assert done.returncode != 0 and message in done.stderr, done.stderr[-2000:]
+@pytest.mark.parametrize("parameters, message", [({"run_dir": "x"}, "run_dirs"), ({"run_dirs": "no/such/runs"}, "no finished run in")])
+def test_what_is_wrong_is_an_error_that_says_what_is_right(parameters, message):
+    with pytest.raises(ValueError, match=message): here("probe.ipynb", **parameters)
 
 
 def test_the_parameters_cell_names_every_parameter():

@@ -1,12 +1,14 @@
 """The run notebooks, through papermill as people use them, at a tiny setting."""
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
@@ -14,20 +16,33 @@ import pytest
 
 from thyroid_rlar import runs
 from thyroid_rlar.evaluation import RISK, SEGMENTATION
-from thyroid_rlar.files import DataError
+from thyroid_rlar.files import DataError, release
+from thyroid_rlar.methods import METHODS
 from thyroid_rlar.parameters import ParameterError, RunSettings, read_size
 from thyroid_rlar.predictions import EvaluationSettings
 from thyroid_rlar.runs import open_source, run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["-p", "source", "folder", "-p", "data_dir", "data/phantom", "-p", "image_size", "64x96", "-p", "folds", "3", "-p", "stride", "8",
-        "-p", "epochs", "2", "-p", "batch_size", "4", "-p", "device", "cpu"]
+SMALL = dict(source="folder", data_dir="data/phantom", image_size="64x96", folds=3, stride=8, epochs=2, batch_size=4, device="cpu")
+TINY = [str(part) for name, value in SMALL.items() for part in ("-p", name, value)]
 
 
 def papermill(notebook: str, output: Path, *parameters: object) -> subprocess.CompletedProcess:
     "Run a notebook from another folder than the checkout, as a user might."
     command = [sys.executable, "-m", "papermill", str(ROOT / "nbs/runs" / notebook), str(output), "--no-progress-bar", *map(str, parameters)]
     return subprocess.run(command, capture_output=True, text=True, cwd=output.parent, timeout=900)
+
+
+def here(notebook: str, until: str = "", **parameters: object) -> dict[str, object]:
+    "Run a notebook's cells in this process, parameters where papermill puts them, up to the cell that holds a text; the notebook's variables."
+    names = {"__name__": "__main__"}
+    for cell in nbformat.read(ROOT / "nbs/runs" / notebook, 4).cells:
+        if cell.cell_type != "code": continue
+        exec(compile(cell.source, notebook, "exec"), names)
+        if "parameters" in cell.metadata.get("tags", []): names.update(parameters)
+        if until and until in cell.source: break
+    plt.close("all")
+    return names
 
 
 def parameters_cell(notebook: str) -> dict[str, object]:
@@ -114,19 +129,36 @@ def test_contours_can_be_measured_on_another_scale_and_grades_cannot(run_dir, tm
 
 @pytest.mark.parametrize("notebook, parameters, message", [
     ("train.ipynb", ["-p", "rlar_lambda", "3"], "rlar_weight"),
-    ("train.ipynb", ["-p", "objective", "rlra"], "rlar_shuffled"),
-    ("train.ipynb", ["-p", "fold", "7"], "0 to 4 or all"),
-    ("train.ipynb", ["-p", "source", "ddti"], "data_dir"),
-    ("train.ipynb", ["-p", "source", "folder", "-p", "data_dir", "no/such/folder"], "no/such/folder"),
-    ("evaluate.ipynb", ["-p", "rundir", "x"], "run_dir"),
     ("evaluate.ipynb", ["-p", "run_dir", "no/such/run"], "no/such/run"),
-    ("compare.ipynb", ["-p", "runs_dir", "7"], "7: no finished runs"),
     ("compare.ipynb", ["-p", "fresh_heads", "no"], "fresh_heads: found 'no', expected true or false"),
-    ("compare.ipynb", ["-p", "runsdir", "x"], "runs_dir"),
+])
+def test_papermill_ends_with_the_error_that_says_what_is_right(tmp_path, notebook, parameters, message):
+    done = papermill(notebook, tmp_path / "out.ipynb", *parameters)
+    assert done.returncode != 0 and message in done.stderr, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("notebook, parameters, message", [
+    ("train.ipynb", {"objective": "rlra"}, "rlar_shuffled"),
+    ("train.ipynb", {"fold": 7}, "0 to 4 or all"),
+    ("train.ipynb", {"source": "ddti"}, "data_dir"),
+    ("train.ipynb", {"source": "folder", "data_dir": "no/such/folder"}, "no/such/folder"),
+    ("evaluate.ipynb", {"rundir": "x"}, "run_dir"),
+    ("compare.ipynb", {"runs_dir": 7}, "7: no finished runs"),
+    ("compare.ipynb", {"runsdir": "x"}, "runs_dir"),
 ])
 def test_what_is_wrong_is_an_error_that_says_what_is_right(tmp_path, notebook, parameters, message):
-    done = papermill(notebook, tmp_path / "out.ipynb", *parameters, *(["-p", "out_dir", tmp_path / "run"] if notebook == "train.ipynb" else []))
-    assert done.returncode != 0 and message in done.stderr, done.stderr[-2000:]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        here(notebook, **parameters, **{"out_dir": str(tmp_path / "run")} if notebook == "train.ipynb" else {})
+
+
+@pytest.mark.parametrize("objective", METHODS)
+def test_each_method_trains_in_the_run_notebook(tmp_path, objective):
+    names = here("train.ipynb", "trainer.fit(", **SMALL | dict(objective=objective, encoder="test_efficientnet", pretrained="none", epochs=1,
+                                                             image_size="32x32", out_dir=str(tmp_path)))
+    trained = names["history"].query("kind == 'epoch' and split == 'train'")
+    assert len(trained) == 1 and (tmp_path / "model.safetensors").is_file()
+    assert names["trainer"].objective.name == json.loads((tmp_path / "params.json").read_text())["parameters"]["objective"] == objective
+    release(tmp_path)
 
 
 def test_a_run_whose_data_cannot_be_read_loses_nothing(run_dir, tmp_path):
@@ -164,8 +196,7 @@ def test_make_run_moves_aside_what_another_version_left(tmp_path):
 
 
 def test_compare_pools_and_pairs(run_dir, tmp_path):
-    done = papermill("train.ipynb", tmp_path / "train.ipynb", *TINY, "-p", "out_dir", tmp_path / "sum", "-p", "objective", "sum")
-    assert done.returncode == 0, done.stderr[-3000:]
+    here("train.ipynb", **SMALL, out_dir=str(tmp_path / "sum"), objective="sum")
     shutil.copytree(run_dir, tmp_path / "rlar")
     parameters = ["-p", "runs_dir", tmp_path, "-p", "baseline", "sum shared_map", "-p", "fresh_heads", True]
     done = papermill("compare.ipynb", tmp_path / "compare.ipynb", *parameters)
@@ -178,24 +209,20 @@ def test_compare_pools_and_pairs(run_dir, tmp_path):
 # ---- what else people run ---------------------------------------------------------------------------------------------
 
 def test_segmentation_alone_on_a_unet_reports_no_grade(tmp_path):
-    parameters = ["-p", "out_dir", tmp_path, "-p", "objective", "seg_only", "-p", "network", "unet", "-p", "stride", 4]
-    done = papermill("train.ipynb", tmp_path / "train.ipynb", *TINY, *parameters)
-    assert done.returncode == 0, done.stderr[-3000:]
+    here("train.ipynb", **SMALL | dict(out_dir=str(tmp_path), objective="seg_only", network="unet", stride=4))
     metrics = metrics_of(tmp_path)
     assert metrics["segmentation"]["dice"]["n"] > 0 and {m["n"] for m in metrics["risk"].values()} == {0}
     assert not [c for c in pd.read_parquet(tmp_path / "predictions.parquet") if c.startswith("p_")] and "evidence_r2" not in metrics
 
 
 def test_risk_alone_reports_no_contour(tmp_path):
-    done = papermill("train.ipynb", tmp_path / "train.ipynb", *TINY, "-p", "out_dir", tmp_path, "-p", "objective", "risk_only")
-    assert done.returncode == 0, done.stderr[-3000:]
+    here("train.ipynb", **SMALL, out_dir=str(tmp_path), objective="risk_only")
     assert metrics_of(tmp_path)["risk"]["qwk"]["n"] > 0 and metrics_of(tmp_path)["segmentation"]["dice"]["n"] == 0
 
 
 @pytest.mark.parametrize("patience, parts", [(0, {"train"}), (1, {"train", "val"})])
 def test_all_folds_train_on_everything_and_report_nothing(tmp_path, patience, parts):
-    done = papermill("train.ipynb", tmp_path / "train.ipynb", *TINY, "-p", "out_dir", tmp_path, "-p", "fold", "all", "-p", "patience", patience)
-    assert done.returncode == 0, done.stderr[-3000:]
+    here("train.ipynb", **SMALL, out_dir=str(tmp_path), fold="all", patience=patience)
     assert metrics_of(tmp_path)["images"] == 0 and set(pd.read_parquet(tmp_path / "split.parquet").split) == parts
     assert "nothing to report" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
@@ -215,13 +242,13 @@ def test_images_without_grades_train_the_contour_and_resume_goes_on(tmp_path):
     done = papermill("train.ipynb", tmp_path / "again.ipynb", *parameters, "-p", "resume", True)
     assert done.returncode == 0, done.stderr[-3000:]
     pd.testing.assert_frame_equal(pd.read_parquet(out / "history.parquet"), first)
-    done = papermill("train.ipynb", tmp_path / "other.ipynb", *parameters, "-p", "fold", 1, "-p", "resume", True)
-    assert done.returncode != 0 and "fold (was 0, now 1)" in done.stderr, done.stderr[-2000:]
+    again = SMALL | dict(data_dir=str(data), out_dir=str(out), resume=True)
+    with pytest.raises(ParameterError, match=re.escape("fold (was 0, now 1)")): here("train.ipynb", **again, fold=1)
 
     labels = pd.read_csv(data / "labels.csv")
     labels.assign(case=labels["case"].replace(labels["case"][0], "another")).to_csv(data / "labels.csv", index=False)
-    done = papermill("train.ipynb", tmp_path / "moved.ipynb", *parameters, "-p", "resume", True)
-    assert done.returncode != 0 and "expected the same data, or a new run" in done.stderr, done.stderr[-2000:]
+    with pytest.raises(DataError, match="expected the same data, or a new run"): here("train.ipynb", **again)
+    release(out)
 
 
 def test_phantoms_are_not_somebody_else_s_images():

@@ -221,16 +221,17 @@ def attribution(self: AttributionExplorer, method: str | None = None) -> Attribu
     return self.attributor(*self.asked(method))
 
 @patch
-def _surround(self: AttributionExplorer, row: int, version: int) -> tuple[dict[str, np.ndarray] | None, list[tuple[np.ndarray, np.ndarray]]]:
+def _surround(self: AttributionExplorer, row: int, version: int) -> tuple[dict[str, np.ndarray] | None, list[tuple[np.ndarray, np.ndarray]], str]:
     valid, fields = self._subjects(row, version).valid[0, 0].cpu().numpy(), (self.run.contour(row), self.run.predicted(row))
     masks = [f > .5 for f in fields if f is not None and ((f > .5) & valid).any()]
     lines = [outline(f) if f is not None else ([], []) for f in fields]
     arrays = [tuple(np.array(v, np.float32) for v in line) for line in lines]     # quicker to send than lists
-    return nodule_regions(masks[0], valid) if masks else None, arrays
+    whose = "reader's" if fields[0] is not None and ((fields[0] > .5) & valid).any() else "model's"
+    return nodule_regions(masks[0], valid) if masks else None, arrays, whose
 
 @patch
-def around(self: AttributionExplorer) -> tuple[dict[str, np.ndarray] | None, list[tuple[np.ndarray, np.ndarray]]]:
-    "Regions about the reader's contour, or else the model's (None where neither found a nodule); both contours as lines (x, y), NaN between parts."
+def around(self: AttributionExplorer) -> tuple[dict[str, np.ndarray] | None, list[tuple[np.ndarray, np.ndarray]], str]:
+    "Regions about the reader's contour, or else the model's (None where there is none); both as lines (x, y), NaN between parts; whose it is."
     return self._surroundings(self.state.row, self.run.version)
 
 @patch
@@ -298,10 +299,11 @@ def _title(name: str, a: Attribution) -> str:
 @patch
 def fill(self: AttributionExplorer, fig: go.Figure) -> None:
     "Show what is known in a figure of `frame`."
-    found, contours = self.attributor.cached(*self.asked()), self.around()[1]
+    found, (_, contours, whose) = self.attributor.cached(*self.asked()), self.around()
     for k, p in enumerate(self.panels()): fill_panel(fig, k, p, self.state.signed, contours)
     shares = self.shares() if found else None
-    fill_bars(fig, shares, self.state.method if shares is not None else "no nodule on the image" if found else "")
+    known = f"{self.state.method}, {whose} contour<br>border ±3 pixels, ring the next 12"
+    fill_bars(fig, shares, known if shares is not None else "no nodule on the image" if found else "")
 
 @patch
 def static(self: AttributionExplorer) -> go.Figure:
@@ -343,9 +345,9 @@ def _numbers(a: Attribution | None) -> dict[str, str]:
     if a is None: return {}
     of = UNITS[a.target.kind]
     found = {"target": f"{_number(a.value)} ({of}); {_number(a.value - a.difference)} on the {a.method.baseline} baseline"}
-    steps = a.steps or a.method.steps
-    if a.delta == a.delta: found["sum of the map"] = f"{_number(a.total)}, of a difference of {_number(a.difference)}, in {steps} steps"
-    return found
+    if a.target.kind == "mask": found["target"] += ", mean over the predicted mask, or the whole sector where it finds none"
+    if a.method.name != "integrated_gradients": return found          # of no other the sum is to be the difference
+    return found | {"sum of the map": f"{_number(a.total)}, of a difference of {_number(a.difference)}, in {a.steps or a.method.steps} steps"}
 
 # %% ../nbs/86_attribution_explorer.ipynb #eaf6c5ed
 @patch

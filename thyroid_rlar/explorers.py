@@ -53,8 +53,8 @@ function render({ model, el }) {
     const plot = event.target.closest(".js-plotly-plot");
     for (const name of ["plotly_hover", "plotly_unhover"]) plot?.removeAllListeners?.(name);
   };
-  const focus = (event) => {        // after JupyterLab, which gives the focus to the cell
-    if (!event.target.closest(OWN_KEYS)) setTimeout(() => home.focus({ preventScroll: true }), 0);
+  const focus = (event) => {        // of the mouse, not of a key on a button; after JupyterLab, which gives the focus to the cell
+    if (event.detail > 0 && !event.target.closest(OWN_KEYS)) setTimeout(() => home.focus({ preventScroll: true }), 0);
   };
   const attach = () => {
     home = el.closest(".rlar-explorer");
@@ -118,7 +118,7 @@ def nodule_facts(run: OpenRun, row: int) -> dict[str, str]:
     r = run.table.loc[row]
     has = lambda column: column in r and pd.notna(r[column])
     part = {"train": "trained on", "val": "validation"}.get(r.split, r.split)
-    facts = {"image": str(r.image_id), "case": str(r.case_id), "part": part}
+    facts = {"image": str(r.image_id), "case": str(r.case_id), "part": part} | ({"not trained": run.untrained} if run.untrained else {})
     if has("grade"): facts["grade, reader"] = str(r.grade)
     if has("predicted"): facts["grade, model"] = f"{r.predicted} (probability {r[f'p_{r.predicted}']:.2f})"
     if has("error"): facts["error"] = f"{r.error:+.0f} grades" if r.error else "none"
@@ -147,7 +147,7 @@ def as_open(run: OpenRun | str | Path) -> OpenRun:
 class Explorer:
     "State, data and view of one way of looking at a run."
     State: ClassVar[type]                            # a dataclass with the field `row`
-    _open: ClassVar[dict[tuple, "Explorer"]] = {}    # those on show
+    _open: ClassVar[list["Explorer"]] = []           # those on show
 
     def __init__(self, run: OpenRun | str | Path, **chosen):        # open, or its folder
         run = as_open(run)
@@ -155,6 +155,7 @@ class Explorer:
         self.run, self.state = run, self.State(**chosen)
         self._view, self._chooser, self._figures, self._observed, self._work = None, None, [], [], {}
         self._dark, self._steps = False, 0               # what the page has told
+        self._place: tuple[str | None, str] = None, ""   # the cell that shows it, and its execution
         if self.state.row is None: self.state = replace(self.state, row=run.rows[0])
         self._checked(self.state, chosen)
 
@@ -211,6 +212,7 @@ class PlotlyScript(anywidget.AnyWidget):
 @cache
 def _plotly_script() -> PlotlyScript: return PlotlyScript(text=str(go.FigureWidget._esm))
 
+# %% ../nbs/80_explorers.ipynb #2cd08243
 class LiveFigure(go.FigureWidget):
     "plotly's figure widget: it keeps the arrays that it was given, opens with its data, and shares one script with the others."
     _esm = files("thyroid_rlar").joinpath("figure.js").read_text(encoding="utf-8")
@@ -227,6 +229,14 @@ class LiveFigure(go.FigureWidget):
 
     def open(self) -> None:
         if self._built: super().open()
+
+    def get_state(self, key=None, drop_defaults=False) -> dict:
+        "As of every widget; but a page that is loaded again gets the figure as it is now, where plotly gives it as it was built."
+        state = super().get_state(key, drop_defaults)
+        if not self._built: return state
+        for name, now in (("_widget_data", self._data), ("_widget_layout", self._layout_obj._props)):
+            if name in state: state[name] = self.trait_metadata(name, "to_json")(now, self)
+        return state
 
     @staticmethod
     def _remove_overlapping_props(ours, told, path=()):
@@ -291,25 +301,33 @@ def dress(self: Explorer, dark: bool) -> None:
     self._dark = dark
     for fig in self._figures: fig.layout.template = DARK if dark else TEMPLATE
 
-def _cell() -> str | None:
-    "JupyterLab's name of the cell that is at work; None elsewhere."
-    shell = get_ipython()
-    return shell.get_parent().get("metadata", {}).get("cellId") if hasattr(shell, "get_parent") else None
+def _cell() -> tuple[str | None, str]:
+    "JupyterLab's name of the cell that is at work (None elsewhere), and this execution's."
+    parent = getattr(get_ipython(), "get_parent", dict)()
+    return parent.get("metadata", {}).get("cellId"), parent.get("header", {}).get("msg_id", "")
+
+@patch
+def _gives_way(self: Explorer, new: Explorer) -> bool:
+    "Whether another one takes its place: its cell was run again; outside JupyterLab, the same run is shown the same way again."
+    (cell, execution), (its_cell, its_execution) = self._place, new._place
+    if cell or its_cell: return cell == its_cell and execution != its_execution
+    return (type(self), self.run.folder or self.run.name) == (type(new), new.run.folder or new.run.name)
 
 @patch
 def _ipython_display_(self: Explorer) -> None:
-    key = (type(self), self.run.folder or self.run.name, _cell())
-    if (old := Explorer._open.get(key)) not in (None, self): old.close()
-    Explorer._open[key] = self
+    self._place = _cell()
+    for old in [e for e in Explorer._open if e is not self and e._gives_way(self)]: old.close()
+    Explorer._open = [e for e in Explorer._open if e is not self] + [self]
     display(self.view)
 
+# %% ../nbs/80_explorers.ipynb #e315f63b
 @patch
 def close(self: Explorer) -> None:
     "Stop what runs, let go of all observers and take the widgets off the page."
     for name in list(self._work): self.stop(name)
     for widget, handler, names in self._observed: widget.unobserve(handler, names)
     self._observed.clear(); self._figures.clear()
-    Explorer._open = {k: e for k, e in Explorer._open.items() if e is not self}
+    Explorer._open = [e for e in Explorer._open if e is not self]
     if self._view is not None: _close_all(self._view)
     self._view = None
 

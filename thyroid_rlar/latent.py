@@ -93,7 +93,9 @@ def _latents(path: Path, written: int) -> pd.DataFrame:
     "One epoch's, read once: a run in training, and a UMAP in the making, ask again and again."
     def read(path: Path) -> pd.DataFrame:
         arrays = _arrays(path)
-        return pd.DataFrame(arrays["z"].astype(np.float32), index=pd.Index(arrays["image_id"].astype(str), name="image_id"))
+        z = pd.DataFrame(arrays["z"].astype(np.float32), index=pd.Index(arrays["image_id"].astype(str), name="image_id"))
+        if not z.index.is_unique or not np.isfinite(z.to_numpy()).all(): raise ValueError("an image twice, or a number that is none")
+        return z
     return read_whole(path, read)
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ __all__ = ['NO_VALUE', 'PARTS', 'MARKS', 'REACH', 'THUMB', 'PLANES', 'colour_cho
 
 # %% ../nbs/81_latent_figures.ipynb #5efb6988
 import base64
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -115,7 +116,7 @@ def map_figure(run: OpenRun, color: str, drawn: LatentMap, marks: dict[str, np.n
     fig.add_scatter(x=[None], y=[None], mode="markers", marker=color_bar(p), showlegend=False, hoverinfo="skip", name="colours")
     for (name, (symbol, size, width)), at in zip(MARKS.items(), marks.values()):
         style = dict(symbol=symbol, size=size, color=VERMILLION if name == "chosen" else GREY, line_width=width)
-        fig.add_scatter(x=xy.x[at], y=xy.y[at], mode="markers", marker=style, name=name, hoverinfo="skip")
+        fig.add_scatter(x=xy.x[at], y=xy.y[at], mode="markers", marker=style, name=name, hoverinfo="skip", unselected_marker_opacity=1)
     fig.update_xaxes(title_text=as_text(drawn.axes[0])).update_yaxes(title_text=as_text(drawn.axes[1]))
     legend = dict(y=0, yanchor="bottom")                      # below, where the figure's tools are not
     return fig.update_layout(margin=dict(l=60, r=10, t=40, b=75), legend=legend)
@@ -133,9 +134,9 @@ def cohort_table(run: OpenRun, rows: Sequence[int]) -> pd.DataFrame:
     return table[[c for c in table if c in plain or c.startswith(("p_", "measured_", "predicted_")) and c != "predicted_index"]]
 
 def as_csv(table: pd.DataFrame) -> str:
-    "A table as CSV in which no text is a formula."
+    "A table as CSV in which no text is a formula; in quotes, or a `;` would begin another cell where that is what separates."
     text = table.select_dtypes(exclude="number").columns
-    return table.assign(**{c: table[c].map(no_formula) for c in text}).rename(columns=no_formula).to_csv(index=False)
+    return table.assign(**{c: table[c].map(no_formula) for c in text}).rename(columns=no_formula).to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
 
 def cohort_facts(run: OpenRun, rows: Sequence[int]) -> dict[str, str]:
     "A cohort in numbers, 95 % intervals over cases."
@@ -154,7 +155,7 @@ def cohort_list(run: OpenRun, rows: Sequence[int]) -> str:
     table = cohort_table(run, rows)
     data = base64.b64encode(as_csv(table).encode()).decode()
     link = f"<a download='cohort.csv' href='data:text/csv;base64,{data}'>save all {len(table)} as CSV</a>"
-    first = table[[c for c in ("image_id", "grade", "predicted", "dice", "angle") if c in table]].head(8)
+    first = table[[c for c in ("image_id", "grade", "predicted", "dice", "angle") if c in table]].head(8).rename(columns={"angle": "angle (°)"})
     return link + first.to_html(index=False, border=0, na_rep="", escape=True, float_format="{:.2f}".format)
 
 # %% ../nbs/81_latent_figures.ipynb #1c710514
@@ -176,7 +177,8 @@ def cohort_counts(run: OpenRun, rows: Sequence[int]) -> tuple[np.ndarray, np.nda
 def cohort_figure(run: OpenRun, rows: Sequence[int]) -> go.Figure:
     "Confusion matrix and histogram of angles."
     (counts, angles), names, edges = cohort_counts(run, rows), list(run.scale.grades), angle_edges(run)
-    fig = make_subplots(1, 2, horizontal_spacing=0.16, subplot_titles=["images by grade", "images by task angle"])
+    titles = ["images by grade" if "predicted_index" in run.table else "grades were not trained", "images by task angle"]
+    fig = make_subplots(1, 2, horizontal_spacing=0.16, subplot_titles=titles)
     style = dict(colorscale=[[0, "#F2F2F2"], [1, SKY]], showscale=False, xgap=2, ygap=2, textfont_color="#222222")
     hover = "reader %{y}, model %{x}: %{z}<extra></extra>"
     fig.add_heatmap(x=names, y=names, z=counts, text=counts, texttemplate="%{text}", hovertemplate=hover, row=1, col=1, **style)
@@ -240,6 +242,10 @@ def as_cells(values: np.ndarray) -> list:
     "A grid for plotly; what is not there yet is None, as JSON knows no NaN."
     return np.where(np.isfinite(values), values, None).tolist()
 
+def _graded(found: Plane, names: Sequence[str]) -> list[list[str]]:
+    "The predicted grade of each cell of a plane, empty where it is not there yet."
+    return [[names[int(g)] if np.isfinite(g) else "" for g in row] for row in found.grade]
+
 def plane_figure(run: OpenRun, found: Plane, seg: float = 0.0, risk: float = 0.0) -> go.Figure:
     "Heat maps of a plane, the boundaries between predicted grades as lines, a cross at the chosen step."
     fig = make_subplots(1, 3, subplot_titles=list(PLANES.values()), horizontal_spacing=0.11, shared_yaxes=True)
@@ -247,7 +253,8 @@ def plane_figure(run: OpenRun, found: Plane, seg: float = 0.0, risk: float = 0.0
     for k, name in enumerate(PLANES, start=1):
         bar = dict(x=(k - 1) * 0.37 + 0.265, thickness=12, outlinewidth=0)
         fig.add_heatmap(x=found.steps, y=found.steps, z=as_cells(getattr(found, name)), colorscale="Cividis", colorbar=bar, row=1, col=k, name=name,
-                        hovertemplate="segmentation %{x:.2f}<br>risk %{y:.2f}<br>%{z:.3f}<extra></extra>")
+                        text=_graded(found, names),
+                        hovertemplate="segmentation %{x:.2f}<br>risk %{y:.2f}<br>%{z:.3f}<br>predicted grade %{text}<extra></extra>")
         lines = dict(start=0.5, end=len(names) - 1.5, size=1, coloring="none")
         fig.add_contour(x=found.steps, y=found.steps, z=as_cells(found.grade), contours=lines, line=dict(color="white", width=2), showscale=False,
                         hoverinfo="skip", name="grade", row=1, col=k)
@@ -257,9 +264,10 @@ def plane_figure(run: OpenRun, found: Plane, seg: float = 0.0, risk: float = 0.0
     fig.update_yaxes(title_text="risk step / |z|", range=[-REACH, REACH], col=1)
     return fig.update_layout(template=TEMPLATE, height=310, width=850, showlegend=False, margin=dict(l=60, r=20, t=40, b=50))
 
-def redraw_plane(fig: go.Figure, found: Plane) -> None:
+def redraw_plane(fig: go.Figure, run: OpenRun, found: Plane) -> None:
     "Another state of the plane in a figure that `plane_figure` has made."
-    for name, heat in zip(PLANES, fig.select_traces({"type": "heatmap"})): heat.z = as_cells(getattr(found, name))
+    grades = _graded(found, run.scale.grades)
+    for name, heat in zip(PLANES, fig.select_traces({"type": "heatmap"})): heat.update(z=as_cells(getattr(found, name)), text=grades)
     for lines in fig.select_traces({"name": "grade"}): lines.z = as_cells(found.grade)
 
 # %% ../nbs/81_latent_figures.ipynb #8685057a

@@ -151,8 +151,13 @@ class _InSpan(aggregation.Aggregator):
         self.rule = rule
 
     def forward(self, matrix: Tensor) -> Tensor:
-        basis, inside = torch.linalg.qr(matrix.T)
-        return basis @ self.rule(inside.T)
+        gram, norms = (matrix @ matrix.T).double(), matrix.norm(dim=1).double()
+        if not 0 < norms.sum() < float("inf"): return matrix.sum(dim=0)                            # nothing to turn with
+        values, vectors = torch.linalg.eigh(gram / (norms[:, None] * norms).clamp_min(1e-300))     # of the unit gradients
+        kept = values > 100 * torch.finfo(matrix.dtype).eps * values[-1]                           # what rounding leaves is no direction
+        stretch, turn = values[kept].sqrt(), vectors[:, kept]
+        inside = self.rule(norms[:, None] * turn * stretch)                                      # the gradients in that basis
+        return (inside / stretch @ turn.T / norms.clamp_min(1e-300)).to(matrix) @ matrix
 
 _QP, _CP = ("qpsolvers", "quadprog"), ("cvxpy", "clarabel")
 

@@ -58,6 +58,12 @@ class OpenRun:
         return sum(p._version for p in self.net.parameters())
 
     @property
+    def untrained(self) -> str:
+        "What this network was not trained on, and what therefore means nothing; empty where it was trained on contours and grades."
+        what = {"seg": "contours: the model's contour and the task angle mean nothing", "risk": "grades: the task angle means nothing"}
+        return "; ".join(words for task, words in what.items() if task not in self.tasks)
+
+    @property
     def scale(self) -> Scale: return self.data.prepared.manifest.scale
 
     @property
@@ -119,6 +125,8 @@ def image_table(net: MultitaskNet, data: NoduleData, rows: Sequence[int], rlar: 
     found = found.set_index("row")
     probabilities, answers = (found.filter(regex=rf"^{kind}\d+$") for kind in "pe")
     kept = found.drop(columns=[*probabilities, *answers, "curvature_seg", "curvature_risk"])
+    if "seg" not in tasks: kept["dice"] = np.nan                              # of a head that nobody trained
+    if not {"seg", "risk"} <= set(tasks): kept[["cos_map", "cos_pooled"]] = np.nan
     table = manifest.rows.loc[found.index, ["image_id", "case_id", "group", "grade", "grade_index"]].join(kept)
     table["angle"] = np.degrees(np.arccos(table[f"cos_{rlar.where}"].clip(-1, 1)))
     if "risk" in tasks:

@@ -191,17 +191,23 @@ def _train(data: NoduleData, split: Split, folder: Path, changes: Mapping, metho
         for batch in trainer.watch.batches(split.val): trainer.net.eval()(batch["image"], batch["valid"])
 
 def epoch_costs(data: NoduleData, split: Split, folder: Path, changes: Mapping | None = None, method: str = "rlar_exact", threads: int = 1,
-                images: int = 8) -> pd.DataFrame:
-    "CPU seconds of an epoch by what they are for: part, seconds, share of the epoch, multiple of its forward and backward passes."
-    clock, before = Clock(), torch.get_num_threads()
+                images: int = 8, epochs: int = 3) -> pd.DataFrame:
+    "CPU seconds of a first epoch, measured `epochs` times: a row per epoch and part, with its share of the epoch and as a multiple of the passes."
+    clock, before, found = Clock(), torch.get_num_threads(), []
     torch.set_num_threads(threads)
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, before)
         for name, places in ({PASSES: [(type(build(method)), "backward")]} | WATCHED).items():
             for owner, function in places: stack.enter_context(patch.object(owner, function, _clocked(clock, name, getattr(owner, function))))
-        for some in (Split(split.train[:images], split.val[:images], split.test), split):    # a first short one warms up
+        _train(data, Split(split.train[:images], split.val[:images], split.test), folder, changes or {}, method, images, clock)      # warms up
+        for epoch in range(epochs):
             clock.rows.clear()
-            _train(data, some, folder, changes or {}, method, images, clock)
+            _train(data, split, folder, changes or {}, method, images, clock)
+            found.append(_parts(clock).assign(epoch=epoch))
+    return pd.concat(found)
+
+def _parts(clock: Clock) -> pd.DataFrame:
+    "The parts of one epoch, from what the clock has seen."
     seconds = pd.DataFrame(clock.rows, columns=["part", "seconds", "wall"]).groupby("part").seconds.sum()
     kept = -(-FitSettings.epochs // FitSettings.latent_every) + 1          # epochs whose strength is measured, the last one among them
     for part in ("whole epoch", "instruments: strength"): seconds[part] -= seconds["instruments: strength"] * (1 - kept / FitSettings.epochs)
@@ -214,10 +220,11 @@ def epoch_costs(data: NoduleData, split: Split, folder: Path, changes: Mapping |
 
 # %% ../nbs/74_speed.ipynb #630fb449
 def epoch_promises(costs: pd.DataFrame) -> pd.DataFrame:
-    "What an epoch may cost, from `epoch_costs`."
-    s = costs.seconds
-    passes, instruments, logging = s[PASSES], s.filter(like="instruments").sum(), s["logging in each step"]
+    "What an epoch may cost, from `epoch_costs`: the median of its epochs, and, as low and high, the least and the most of them."
+    s = costs.reset_index().pivot(index="epoch", columns="part", values="seconds")
+    passes, instruments, logging = s[PASSES], s.filter(like="instruments").sum(axis=1), s["logging in each step"]
     training_alone = s["whole epoch"] - s["a plain validation"] - instruments
-    return judged([("an epoch without validation and instruments, over its forward and backward passes", 1.10, training_alone / passes),
-                   ("instruments beyond a plain validation, share of an epoch", 0.05, instruments / s["whole epoch"]),
-                   ("logging in a step, share of the step", 0.01, logging / (passes + s["rest of the steps: clipping, optimiser"] + logging))])
+    found = [("an epoch without validation and instruments, over its forward and backward passes", 1.10, training_alone / passes),
+             ("instruments beyond a plain validation, share of an epoch", 0.05, instruments / s["whole epoch"]),
+             ("logging in a step, share of the step", 0.01, logging / (passes + s["rest of the steps: clipping, optimiser"] + logging))]
+    return judged([(name, limit, share.median(), share.min(), share.max(), len(share)) for name, limit, share in found])
