@@ -226,6 +226,17 @@ def test_a_link_out_of_the_folder_is_not_followed(folder):
     with pytest.raises(DataError, match="stays in this folder"): read_folder(folder, verbose=False)
 
 
+@pytest.mark.parametrize("part, image", [("masks", "a.png"), ("images", "../a.png")])
+def test_a_folder_that_is_a_link_is_not_searched(folder, part, image):
+    (folder.parent / "elsewhere/private").mkdir(parents=True)
+    (folder.parent / "elsewhere/private/name.png").write_text("x")
+    Image.effect_noise((60, 40), 40).save(folder / "a.png")
+    (folder / part).rename(folder.parent / "before")
+    (folder / part).symlink_to(folder.parent / "elsewhere")
+    left_out = read(folder, f"{image},1,TR4,\n").left_out
+    assert "name.png" not in left_out.to_string() and (part, "a link in the folder's place; not searched") in list(left_out.itertuples(index=False))
+
+
 def test_an_xml_that_is_a_link_out_of_the_folder_is_not_read(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "1.xml").write_text("<case><number>1</number><tirads>5</tirads></case>")

@@ -191,11 +191,12 @@ def _row(folder: Path, row: dict, image: tuple[str, ImageFacts, float, set[str]]
                     "reader_id": row.get("reader") or "", "flags": flags, "_digest": facts.digest, "_key": row.get("group"), "_drawn": drawn}
 
 def _strays(folder: Path, used: set[str]) -> list[tuple[str, str]]:
-    "Files in images/ and masks/ that no row names."
+    "Files in images/ and masks/ that no row names; a part that is a link is named itself, since what lies at its end is not ours to list."
     reasons = {"images": "image that labels.csv does not name", "masks": "mask of no image in use"}
-    files = [p for part in reasons for p in sorted((folder / part).rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    links = [part for part in reasons if (folder / part).is_symlink()]
+    files = [p for part in reasons if part not in links for p in sorted((folder / part).rglob("*")) if p.is_file() and not p.name.startswith(".")]
     names = [p.relative_to(folder).as_posix() for p in files]
-    return [(name, reasons[name.split("/")[0]]) for name in names if name not in used]
+    return [(part, "a link in the folder's place; not searched") for part in links] + [(n, reasons[n.split("/")[0]]) for n in names if n not in used]
 
 # %% ../nbs/14_folder.ipynb #031
 _SPARE = ["_digest", "_key", "_drawn"]  # of a row while the table is made
