@@ -270,6 +270,17 @@ def test_another_number_of_processes_does_not_go_on(tmp_path, data, whole):
     assert goes_on(trainer(tmp_path, data), whole)
 
 
+def test_a_run_that_validation_ended_is_read_by_any_number_of_processes(tmp_path, data):
+    settings = {"epochs": 9, "patience": 1, "learning_rate": 1e-8, "ema": 0.0}
+    run = trainer(tmp_path, data, **settings)
+    history = run.fit()
+    assert run.epoch < 9
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True) | {"processes": 2}
+    torch.save(state, tmp_path / CHECKPOINT)
+    assert goes_on(trainer(tmp_path, data, **settings), history)
+    with pytest.raises(DataError, match="processes: found 1, expected 2"): trainer(tmp_path, data, **settings | {"patience": 9}).fit(resume=True)
+
+
 def test_a_trainer_that_stopped_before_its_first_checkpoint_is_not_begun_twice(tmp_path, data):
     run = trainer(tmp_path, data)
     cut_after(run, 1)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT', 'NO_CHECKPOINT', 'NUMBERS', 'EXPLODED', 'FIRST', 'random_states', 'set_random_states',
-           'be_deterministic', 'save_checkpoint', 'clear_parts', 'load_checkpoint', 'TrainingStopped', 'advised',
-           'check_finite', 'check_watched', 'check_exploded', 'flat_tasks', 'warn_of_flat_tasks', 'stop_together']
+           'be_deterministic', 'save_checkpoint', 'clear_parts', 'is_over', 'load_checkpoint', 'TrainingStopped',
+           'advised', 'check_finite', 'check_watched', 'check_exploded', 'flat_tasks', 'warn_of_flat_tasks',
+           'stop_together']
 
 # %% ../nbs/49_survival.ipynb #911e4bbe
 import os
@@ -108,6 +109,10 @@ def _put_back(t, state: dict) -> None:
     _load_steps(t.steps, state["steps"], t.accelerator.device)
     set_random_states(state["random"])
 
+def is_over(settings, epoch: int, best_epoch: int) -> bool:
+    "Whether a run has trained its last epoch, or validation has not improved for `patience` epochs."
+    return epoch >= settings.epochs or 0 < settings.patience <= epoch - 1 - best_epoch
+
 def load_checkpoint(t) -> bool:
     "Go on where the folder's checkpoint stands; where there is none, say so. DataError for a damaged one, or one of another version."
     path = t.folder / CHECKPOINT
@@ -118,7 +123,8 @@ def load_checkpoint(t) -> bool:
     state = read_whole(path, _read_state)
     if missing := {*_parts(t), *NUMBERS, "count", "steps", "random", "processes"} - state.keys():
         raise DataError(path, "content", f"no {', '.join(sorted(missing))}", "a checkpoint of this version: begin the run anew, without `resume`")
-    if (n := state["processes"]) != t.accelerator.num_processes and state["epoch"] < t.settings.epochs:     # a finished run is only read
+    over = is_over(t.settings, state["epoch"], state["best_epoch"])         # then it is only read
+    if (n := state["processes"]) != t.accelerator.num_processes and not over:
         raise DataError(path, "processes", f"{t.accelerator.num_processes}", f"{n}, as it began: accelerate launch --num_processes {n}")
     try: _put_back(t, state)
     except torch.OutOfMemoryError: raise
@@ -212,7 +218,7 @@ def flat_tasks(steps: pd.DataFrame) -> dict[str, tuple[float, float]]:
 def warn_of_flat_tasks(t) -> None:
     "Once, when half the epochs are over, or validation ends the run before: name the tasks that have learned nothing."
     half = (t.settings.epochs + 1) // 2
-    if t.epoch != half and not (t.stale and t.epoch < half): return
+    if t.epoch != half and not (is_over(t.settings, t.epoch, t.best_epoch) and t.epoch < half): return
     table = pd.concat(t.log.history, ignore_index=True)
     flat = {task: means for task, means in flat_tasks(table[table.kind == "step"]).items() if t.objective.weights[task]}
     if not flat: return
