@@ -1,4 +1,5 @@
 """A run that is killed, starved or cut off goes on where it was, or says what to do; its last checkpoint stays whole."""
+import errno
 import json
 import os
 import shutil
@@ -249,6 +250,24 @@ def test_a_checkpoint_that_is_no_dictionary_or_packed_is_refused(tmp_path, data,
     with pytest.raises(DataError, match="packed"): trainer(tmp_path / "run", data, epochs=2).fit(resume=True)
     torch.save([1, 2], path)
     with pytest.raises(DataError, match="a list"): trainer(tmp_path / "run", data, epochs=2).fit(resume=True)
+
+
+@pytest.mark.parametrize("place", ["torch.load", "load_state_dict"])
+def test_a_good_checkpoint_is_not_called_damaged_where_memory_runs_out(tmp_path, data, saved, monkeypatch, place):
+    shutil.copytree(saved, tmp_path / "run")
+    run = trainer(tmp_path / "run", data, epochs=2)
+    if place == "torch.load": monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(10**15))
+    else: run.average.net.load_state_dict = lambda _: torch.empty(10**15)
+    with pytest.raises(TrainingStopped, match="memory ran out .*[Cc]an.?t allocate memory.* The checkpoint is kept as it is"): run.fit(resume=True)
+
+
+def test_a_good_checkpoint_on_a_disk_that_fails_is_not_called_damaged(tmp_path, data, saved, monkeypatch):
+    def fails(*_: object) -> None: raise OSError(errno.EIO, os.strerror(errno.EIO))
+    shutil.copytree(saved, tmp_path / "run")
+    run = trainer(tmp_path / "run", data, epochs=2)
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", fails)
+    with pytest.raises(TrainingStopped, match="reading: found Input/output error, expected its disk .* back in place. The checkpoint is kept"):
+        run.fit(resume=True)
 
 
 def test_one_wrong_bit_in_a_checkpoint_is_noticed(tmp_path, data):

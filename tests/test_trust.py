@@ -190,6 +190,10 @@ def test_latents_that_unpack_to_gigabytes_are_refused(tmp_path):
     (tmp_path / "latents").mkdir()
     with zipfile.ZipFile(tmp_path / "latents/000.npz", "w", zipfile.ZIP_DEFLATED) as packed: packed.writestr("z.npy", bytes(10**8))
     with Cost(), pytest.raises(DataError, match="once unpacked"): saved_latents(tmp_path)
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": "<f4", "fortran_order": False, "shape": (10**12,)})
+    with zipfile.ZipFile(tmp_path / "latents/000.npz", "w") as packed: packed.writestr("z.npy", head.getvalue() + bytes(100))
+    with Cost(), pytest.raises(DataError, match="more values than there are"): saved_latents(tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"grades": 10**9}, {"embedding": 10**9}, {"width": 2**40}, {"dropout": 2}, {"grades": "6"},

@@ -120,6 +120,7 @@ def load_checkpoint(t) -> bool:
         if t.schedule.last_epoch: raise TrainingStopped(f"resume: found no checkpoint in {t.folder}, but steps in this trainer; expected a new one")
         t.accelerator.print(f"resume: there is no checkpoint in {t.folder} yet, so the run begins at its start")
         return False
+    t.kept = "The checkpoint is kept as it is."
     state = read_whole(path, _read_state)
     if missing := {*_parts(t), *NUMBERS, "count", "steps", "random", "processes"} - state.keys():
         raise DataError(path, "content", f"no {', '.join(sorted(missing))}", "a checkpoint of this version: begin the run anew, without `resume`")
@@ -127,8 +128,8 @@ def load_checkpoint(t) -> bool:
     if (n := state["processes"]) != t.accelerator.num_processes and not over:
         raise DataError(path, "processes", f"{t.accelerator.num_processes}", f"{n}, as it began: accelerate launch --num_processes {n}")
     try: _put_back(t, state)
-    except torch.OutOfMemoryError: raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if _of_memory(error): raise
         raise DataError(path, "content", f"{type(error).__name__} ({error})", "a checkpoint of this run: begin it anew, without `resume`") from error
     t.log.load(t.epoch)
     t.kept = _stands(t)
@@ -140,12 +141,14 @@ class TrainingStopped(RuntimeError):
 
 _MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")     # as CUDA, PyTorch on the CPU, and cuBLAS or cuDNN say it
 
+def _of_memory(error: Exception) -> bool: return isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY)
+
 def _advice(error: Exception, t) -> str | None:
     "What to do about an error; None where the error itself is the message."
-    if isinstance(error, DataError): return f"{error}." if error.field in ("writing", "folder") else None
+    if isinstance(error, DataError): return f"{error}." if error.field in ("reading", "writing", "folder") else None
     said, s = (str(error).strip() or type(error).__name__).splitlines()[0], t.settings
     place, (height, width) = f"epoch {t.epoch}, step {len(t.steps)}", t.watch.data.prepared.size
-    if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY):
+    if _of_memory(error):
         return (f"{place}: memory ran out on {t.accelerator.device} ({said}) with batch_size {s.batch_size} and image_size {height}x{width}. "
                 "Lower batch_size first, then image_size; on a GPU precision bf16 needs less, too.")
     if "DataLoader worker" in str(error):
