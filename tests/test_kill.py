@@ -224,7 +224,11 @@ def test_a_checkpoint_of_another_version_or_a_damaged_one_is_named(tmp_path, dat
         with pytest.raises(DataError, match=match): trainer(tmp_path, data).fit(resume=True)
 
 
-CHANGES = {"net": None, "optimizer": {}, "schedule": [], "epoch": -5, "best": {}, "steps": {}, "random": "x", "objective": 3}
+STEPS = {"values": {"loss_seg": torch.ones(2)}, "rows": torch.zeros(2, 4, dtype=torch.long), "rates": [0.1, 0.1], "seconds": 0.0, "waited": 0.0}
+MANY = torch.ones(1).expand(10**9)                         # a billion rows of four bytes
+CHANGES = {"net": None, "optimizer": {}, "schedule": [], "epoch": -5, "best": {}, "steps": {}, "random": "x", "objective": 3, "count": "x",
+           "epoch ": 0.5, "best_epoch": float("nan"), "processes": "x", "processes ": 1.5, "steps  ": STEPS | {"rates": [0.1]},
+           "steps ": STEPS | {"values": {"loss_seg": MANY}, "rows": MANY.view(-1, 1)}, "steps   ": STEPS | {"rates": ["x", "x"]}}
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +242,7 @@ def saved(data, tmp_path_factory) -> Path:
 def test_a_checkpoint_of_any_values_ends_in_a_sentence(tmp_path, data, saved, name):
     shutil.copytree(saved, tmp_path / "run")
     path = tmp_path / "run" / CHECKPOINT
-    torch.save(torch.load(path, weights_only=True) | {name: CHANGES[name]}, path)
+    torch.save(torch.load(path, weights_only=True) | {name.strip(): CHANGES[name]}, path)
     with pytest.raises(DataError, match="state.pt: content"): trainer(tmp_path / "run", data, epochs=2).fit(resume=True)
 
 

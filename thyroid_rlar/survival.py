@@ -89,6 +89,33 @@ def clear_parts(folder: Path) -> None:
     "Remove what a killed run had begun to write."
     for part in [part for place in (".", CHECKPOINT.parent, "latents") for part in (folder / place).glob(".part-*")]: remove(part)
 
+# %% ../nbs/49_survival.ipynb #c2a196ae
+def _check_stored(state: dict, size: int) -> None:
+    "ValueError for a tensor of more values than its storage, or the file, has bytes for: a few bytes can be told to stand for any number of rows."
+    waiting, seen = [state], set()
+    while waiting:
+        if id(value := waiting.pop()) in seen: continue
+        seen.add(id(value))
+        if isinstance(value, dict): waiting += value.values()
+        elif isinstance(value, list | tuple): waiting += value
+        elif isinstance(value, torch.Tensor) and value.numel() * value.element_size() > min(value.untyped_storage().nbytes(), size):
+            raise ValueError(f"a tensor of shape {tuple(value.shape)}, for which too little is stored")
+
+def _check_numbers(state: dict, epochs: int) -> None:
+    for name in ("epoch", "best_epoch", "count", "processes"):
+        if type(state[name]) is not int: raise ValueError(f"{name} {state[name]!r:.40}, no whole number")
+    if not isinstance(state["best"], int | float): raise ValueError(f"best {state['best']!r:.40}, no number")
+    if not 0 <= state["epoch"] <= epochs: raise ValueError(f"epoch {state['epoch']} of {epochs}")
+
+def _check_steps(state: dict, most: int) -> None:
+    "ValueError unless all that is told of the steps of an epoch is told of the same number of them, at most so many."
+    rates, rows, values = state["rates"], state.get("rows", ()), list(state["values"].values())
+    lengths = {len(rates), len(rows), *map(len, values or [()]), *([len(state["cosines"])] if "cosines" in state else [])}
+    if len(lengths) > 1 or max(lengths) > most: raise ValueError(f"columns of {', '.join(map(str, sorted(lengths)))} steps; an epoch has {most}")
+    if any(column.ndim != 1 for column in values): raise ValueError("columns that do not have one value for each step")
+    numbers = (*rates, state["seconds"], state["waited"])
+    if not all(isinstance(number, int | float) for number in numbers): raise ValueError("rates or seconds that are no numbers")
+
 # %% ../nbs/49_survival.ipynb #e6e6e11c
 def _read_state(path: Path) -> dict:
     with zipfile.ZipFile(path) as file:                        # PyTorch's own format; it does not look at the checksums in it
@@ -97,17 +124,22 @@ def _read_state(path: Path) -> dict:
         if damaged := file.testzip(): raise ValueError(f"{damaged} is damaged")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict): raise ValueError(f"a {type(state).__name__}")
+    _check_stored(state, path.stat().st_size)
     return state
 
 def _put_back(t, state: dict) -> None:
-    if not 0 <= state["epoch"] <= t.settings.epochs: raise ValueError(f"epoch {state['epoch']} of {t.settings.epochs}")
-    if not all(isinstance(state[name], int | float) for name in NUMBERS): raise ValueError(f"{', '.join(NUMBERS)}: not all are numbers")
+    _check_steps(state["steps"], len(t.loader))
     if state["schedule"].keys() != t.schedule.state_dict().keys(): raise ValueError("another schedule")
     for name, part in _parts(t).items(): part.load_state_dict(state[name])
     for name in NUMBERS: setattr(t, name, state[name])
     t.average.count = state["count"]
     _load_steps(t.steps, state["steps"], t.accelerator.device)
     set_random_states(state["random"])
+
+def _check_processes(t, state: dict, path: Path) -> None:
+    n, now = state["processes"], t.accelerator.num_processes
+    if n == now or is_over(t.settings, state["epoch"], state["best_epoch"]): return        # what is over is only read
+    raise DataError(path, "processes", now, f"{n}, as it began: accelerate launch --num_processes {n}")
 
 def is_over(settings, epoch: int, best_epoch: int) -> bool:
     "Whether a run has trained its last epoch, or validation has not improved for `patience` epochs."
@@ -124,10 +156,11 @@ def load_checkpoint(t) -> bool:
     state = read_whole(path, _read_state)
     if missing := {*_parts(t), *NUMBERS, "count", "steps", "random", "processes"} - state.keys():
         raise DataError(path, "content", f"no {', '.join(sorted(missing))}", "a checkpoint of this version: begin the run anew, without `resume`")
-    over = is_over(t.settings, state["epoch"], state["best_epoch"])         # then it is only read
-    if (n := state["processes"]) != t.accelerator.num_processes and not over:
-        raise DataError(path, "processes", f"{t.accelerator.num_processes}", f"{n}, as it began: accelerate launch --num_processes {n}")
-    try: _put_back(t, state)
+    try:
+        _check_numbers(state, t.settings.epochs)
+        _check_processes(t, state, path)
+        _put_back(t, state)
+    except DataError: raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if _of_memory(error): raise
         raise DataError(path, "content", f"{type(error).__name__} ({error})", "a checkpoint of this run: begin it anew, without `resume`") from error
