@@ -229,11 +229,15 @@ def check_watched(nodules: pd.DataFrame, t) -> None:
     raise TrainingStopped(f"epoch {t.epoch}: {which} is no finite number on {len(rows)} watched images, as {images}; a lower learning_rate, or "
                           f"precision fp32, is the usual cure. {t.kept}")
 
+def _yardstick(losses: pd.Series) -> float:
+    "A task's first loss, or the median of its first steps where that is smaller: these may be the ones that explode. 0 means no labels in a batch."
+    first = losses[losses > 0][:FIRST]
+    return min(first.iloc[0], first.median()) if len(first) else np.nan
+
 def check_exploded(steps: pd.DataFrame, began: pd.DataFrame, t) -> None:
-    "Raise TrainingStopped when a task's loss went beyond EXPLODED times its median over the run's first steps, naming the worst step and its images."
+    "Raise TrainingStopped when a task's loss went beyond EXPLODED times what it was in the run's first steps, naming the worst step and its images."
     names = [c for c in steps if c.startswith("loss_")]
-    first = began[names].apply(lambda losses: losses[losses > 0][:FIRST].median())     # a batch without a task's labels has a loss of 0
-    ratio = steps[names] / first
+    ratio = steps[names] / began[names].apply(_yardstick)
     if not ratio.max().max() > EXPLODED: return
     name = ratio.max().idxmax()
     step = int(ratio[name].to_numpy().argmax())
