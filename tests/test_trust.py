@@ -23,7 +23,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless, UltrasoundImageStorage
 
-from thyroid_rlar import latent, opened, predictions
+from thyroid_rlar import files, latent, opened, predictions
 from thyroid_rlar.ddti import MAX_XML, clean_regions, read_case, read_ddti, self_intersects
 from thyroid_rlar.files import MAX_CELLS, DataError, read_json, read_parquet, read_whole
 from thyroid_rlar.folder import MAX_ROWS, MAX_TABLE, dicom_facts, read_folder, read_table
@@ -165,6 +165,18 @@ def test_a_table_of_any_size_ends_in_a_sentence(tmp_path):
     pq.write_table(pa.table({"image_id": letters}), tmp_path / "d.parquet", store_schema=False)
     assert (tmp_path / "d.parquet").stat().st_size < 2000
     with Cost(), pytest.raises(DataError, match="1,200,000,000 bytes of text"): read_parquet(tmp_path / "d.parquet")
+
+
+def test_a_giant_text_in_a_small_table_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_LETTERS", 1_000_000)
+    def write(values): pq.write_table(pa.table({"image_id": values}), tmp_path / "t.parquet", compression="zstd")
+    write(["x" * 999_000])
+    assert len(read_parquet(tmp_path / "t.parquet").image_id[0]) == 999_000
+    monkeypatch.setattr(files, "_letters", lambda path: pytest.fail("it was read"))
+    for values in (["x" * 3_000_000], [["x" * 3_000_000]]):         # in a list, too
+        write(values)
+        assert (tmp_path / "t.parquet").stat().st_size < 10_000
+        with pytest.raises(DataError, match="3,000,.* bytes of text, at most 1,000,000"): read_parquet(tmp_path / "t.parquet")
 
 
 def with_scans(data, n):
