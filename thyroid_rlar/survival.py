@@ -116,6 +116,16 @@ def _check_steps(state: dict, most: int) -> None:
     numbers = (*rates, state["seconds"], state["waited"])
     if not all(isinstance(number, int | float) for number in numbers): raise ValueError("rates or seconds that are no numbers")
 
+# %% ../nbs/49_survival.ipynb #b91f5abb
+def is_over(settings, epoch: int, best_epoch: int) -> bool:
+    "Whether a run has trained its last epoch, or validation has not improved for `patience` epochs."
+    return epoch >= settings.epochs or 0 < settings.patience <= epoch - 1 - best_epoch
+
+def _check_processes(t, state: dict, path: Path) -> None:
+    n, now = state["processes"], t.accelerator.num_processes
+    if n == now or is_over(t.settings, state["epoch"], state["best_epoch"]): return        # what is over is only read
+    raise DataError(path, "processes", now, f"{n}, as it began: accelerate launch --num_processes {n}")
+
 # %% ../nbs/49_survival.ipynb #e6e6e11c
 def _read_state(path: Path) -> dict:
     with zipfile.ZipFile(path) as file:                        # PyTorch's own format; it does not look at the checksums in it
@@ -135,15 +145,6 @@ def _put_back(t, state: dict) -> None:
     t.average.count = state["count"]
     _load_steps(t.steps, state["steps"], t.accelerator.device)
     set_random_states(state["random"])
-
-def _check_processes(t, state: dict, path: Path) -> None:
-    n, now = state["processes"], t.accelerator.num_processes
-    if n == now or is_over(t.settings, state["epoch"], state["best_epoch"]): return        # what is over is only read
-    raise DataError(path, "processes", now, f"{n}, as it began: accelerate launch --num_processes {n}")
-
-def is_over(settings, epoch: int, best_epoch: int) -> bool:
-    "Whether a run has trained its last epoch, or validation has not improved for `patience` epochs."
-    return epoch >= settings.epochs or 0 < settings.patience <= epoch - 1 - best_epoch
 
 def load_checkpoint(t) -> bool:
     "Go on where the folder's checkpoint stands; where there is none, say so. DataError for a damaged one, or one of another version."
