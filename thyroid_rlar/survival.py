@@ -146,6 +146,7 @@ def _put_back(t, state: dict) -> None:
     _load_steps(t.steps, state["steps"], t.accelerator.device)
     set_random_states(state["random"])
 
+# %% ../nbs/49_survival.ipynb #130987a8
 def load_checkpoint(t) -> bool:
     "Go on where the folder's checkpoint stands; where there is none, say so. DataError for a damaged one, or one of another version."
     path = t.folder / CHECKPOINT
@@ -230,6 +231,7 @@ def check_watched(nodules: pd.DataFrame, t) -> None:
     raise TrainingStopped(f"epoch {t.epoch}: {which} is no finite number on {len(rows)} watched images, as {images}; a lower learning_rate, or "
                           f"precision fp32, is the usual cure. {t.kept}")
 
+# %% ../nbs/49_survival.ipynb #60d913df
 def _yardstick(losses: pd.Series) -> float:
     "A task's first loss, or the median of its first steps where that is smaller: these may be the ones that explode. 0 means no labels in a batch."
     first = losses[losses > 0][:FIRST]
