@@ -10,6 +10,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.pixels import convert_color_space
 from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage
 
+from thyroid_rlar import folder as module
 from thyroid_rlar.files import DataError
 from thyroid_rlar.folder import FLAGS, check_mask, dicom_facts, read_folder, read_table
 from thyroid_rlar.images import read_gray
@@ -187,6 +188,25 @@ def test_images_outside_are_not_read(folder, name):
     try: m = read(folder)
     except DataError as e: assert "\0" in name and "labels.csv" in str(e)       # Python 3.10's csv refuses zero bytes
     else: assert m.rows["image_id"].tolist() == ["b"] and name in m.left_out["name"].tolist()
+
+
+def test_each_file_is_decoded_once_however_it_is_named(folder, monkeypatch):
+    seen = []
+
+    def counted(name, read): monkeypatch.setattr(module, name, lambda path: seen.append(path.relative_to(folder).as_posix()) or read(path))
+    for name in ("examine", "read_raw"): counted(name, getattr(module, name))
+    (folder / "images/bad.png").write_bytes((folder / "images/b.png").read_bytes()[:200])
+    (folder / "images/link.png").symlink_to("a.png")
+    (folder / "masks/link.png").symlink_to("a.png")
+    save(MASK, folder / "images/small.png"), save(MASK[1:], folder / "images/smaller.png")
+    rows = [f"{name},1,TR4,{k},{mask}" for k, (name, mask) in enumerate([
+        ("a.png", "a.png"), ("./a.png", "./a.png"), ("images/a.png", "masks/a.png"), ("link.png", "link.png"), ("a.png", "a.png"),
+        ("small.png", "a.png"), ("smaller.png", "a.png"), ("bad.png", ""), ("./bad.png", ""), ("images/bad.png", "")])]
+    table(folder, "\n".join(["image,case,grade,reader,mask", *rows]))
+    m = read(folder)
+    assert sorted(seen) == ["images/a.png", "images/bad.png", "images/small.png", "images/smaller.png", "masks/a.png"]
+    assert ["mask_size" in flags for flags in m.rows["flags"]] == [False] * 6 + [True] and m.rows["mask"].notna().sum() == 6
+    assert [name for name, reason in m.left_out.values if "truncated" in reason] == ["bad.png", "./bad.png", "images/bad.png"]
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """A run that is killed, starved or cut off goes on where it was, or says what to do; its last checkpoint stays whole."""
+import errno
 import json
 import os
 import shutil
@@ -223,7 +224,11 @@ def test_a_checkpoint_of_another_version_or_a_damaged_one_is_named(tmp_path, dat
         with pytest.raises(DataError, match=match): trainer(tmp_path, data).fit(resume=True)
 
 
-CHANGES = {"net": None, "optimizer": {}, "schedule": [], "epoch": -5, "best": {}, "steps": {}, "random": "x", "objective": 3}
+STEPS = {"values": {"loss_seg": torch.ones(2)}, "rows": torch.zeros(2, 4, dtype=torch.long), "rates": [0.1, 0.1], "seconds": 0.0, "waited": 0.0}
+MANY = torch.ones(1).expand(10**9)                         # a billion rows of four bytes
+CHANGES = {"net": None, "optimizer": {}, "schedule": [], "epoch": -5, "best": {}, "steps": {}, "random": "x", "objective": 3, "count": "x",
+           "epoch ": 0.5, "best_epoch": float("nan"), "processes": "x", "processes ": 1.5, "steps  ": STEPS | {"rates": [0.1]},
+           "steps ": STEPS | {"values": {"loss_seg": MANY}, "rows": MANY.view(-1, 1)}, "steps   ": STEPS | {"rates": ["x", "x"]}}
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +242,7 @@ def saved(data, tmp_path_factory) -> Path:
 def test_a_checkpoint_of_any_values_ends_in_a_sentence(tmp_path, data, saved, name):
     shutil.copytree(saved, tmp_path / "run")
     path = tmp_path / "run" / CHECKPOINT
-    torch.save(torch.load(path, weights_only=True) | {name: CHANGES[name]}, path)
+    torch.save(torch.load(path, weights_only=True) | {name.strip(): CHANGES[name]}, path)
     with pytest.raises(DataError, match="state.pt: content"): trainer(tmp_path / "run", data, epochs=2).fit(resume=True)
 
 
@@ -249,6 +254,24 @@ def test_a_checkpoint_that_is_no_dictionary_or_packed_is_refused(tmp_path, data,
     with pytest.raises(DataError, match="packed"): trainer(tmp_path / "run", data, epochs=2).fit(resume=True)
     torch.save([1, 2], path)
     with pytest.raises(DataError, match="a list"): trainer(tmp_path / "run", data, epochs=2).fit(resume=True)
+
+
+@pytest.mark.parametrize("place", ["torch.load", "load_state_dict"])
+def test_a_good_checkpoint_is_not_called_damaged_where_memory_runs_out(tmp_path, data, saved, monkeypatch, place):
+    shutil.copytree(saved, tmp_path / "run")
+    run = trainer(tmp_path / "run", data, epochs=2)
+    if place == "torch.load": monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(10**15))
+    else: run.average.net.load_state_dict = lambda _: torch.empty(10**15)
+    with pytest.raises(TrainingStopped, match="memory ran out .*[Cc]an.?t allocate memory.* The checkpoint is kept as it is"): run.fit(resume=True)
+
+
+def test_a_good_checkpoint_on_a_disk_that_fails_is_not_called_damaged(tmp_path, data, saved, monkeypatch):
+    def fails(*_: object) -> None: raise OSError(errno.EIO, os.strerror(errno.EIO))
+    shutil.copytree(saved, tmp_path / "run")
+    run = trainer(tmp_path / "run", data, epochs=2)
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", fails)
+    with pytest.raises(TrainingStopped, match="reading: found Input/output error, expected its disk .* back in place. The checkpoint is kept"):
+        run.fit(resume=True)
 
 
 def test_one_wrong_bit_in_a_checkpoint_is_noticed(tmp_path, data):
@@ -268,6 +291,17 @@ def test_another_number_of_processes_does_not_go_on(tmp_path, data, whole):
         trainer(tmp_path, data).fit(resume=True)
     torch.save(state | {"processes": 2}, tmp_path / CHECKPOINT)           # trained to its end: only read
     assert goes_on(trainer(tmp_path, data), whole)
+
+
+def test_a_run_that_validation_ended_is_read_by_any_number_of_processes(tmp_path, data):
+    settings = {"epochs": 9, "patience": 1, "learning_rate": 1e-8, "ema": 0.0}
+    run = trainer(tmp_path, data, **settings)
+    history = run.fit()
+    assert run.epoch < 9
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True) | {"processes": 2}
+    torch.save(state, tmp_path / CHECKPOINT)
+    assert goes_on(trainer(tmp_path, data, **settings), history)
+    with pytest.raises(DataError, match="processes: found 1, expected 2"): trainer(tmp_path, data, **settings | {"patience": 9}).fit(resume=True)
 
 
 def test_a_trainer_that_stopped_before_its_first_checkpoint_is_not_begun_twice(tmp_path, data):

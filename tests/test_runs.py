@@ -247,7 +247,7 @@ def test_images_without_grades_train_the_contour_and_resume_goes_on(tmp_path):
 
     labels = pd.read_csv(data / "labels.csv")
     labels.assign(case=labels["case"].replace(labels["case"][0], "another")).to_csv(data / "labels.csv", index=False)
-    with pytest.raises(DataError, match="expected the same data, or a new run"): here("train.ipynb", **again)
+    with pytest.raises(ParameterError, match="expected the same data, or a new run"): here("train.ipynb", **again)
     release(out)
 
 

@@ -23,7 +23,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless, UltrasoundImageStorage
 
-from thyroid_rlar import latent, opened, predictions
+from thyroid_rlar import files, latent, opened, predictions
 from thyroid_rlar.ddti import MAX_XML, clean_regions, read_case, read_ddti, self_intersects
 from thyroid_rlar.files import MAX_CELLS, DataError, read_json, read_parquet, read_whole
 from thyroid_rlar.folder import MAX_ROWS, MAX_TABLE, dicom_facts, read_folder, read_table
@@ -88,13 +88,14 @@ def png(width, height):
                      chunk(b"IDAT", zlib.compress(bytes(10**6))), chunk(b"IEND", b"")])
 
 
-def tiff_of_one_huge_tile():
-    "16 x 16 pixels, stored as a tile of 30,000 x 30,000."
-    data = zlib.compress(bytes(10**6))
-    tags = [(256, 3, 1, 16), (257, 3, 1, 16), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1),
-            (322, 4, 1, 30_000), (323, 4, 1, 30_000), (324, 4, 1, 150), (325, 4, 1, len(data))]
+def tiff(shape, tile, n=1):
+    "A picture of zeros in n tiles that share their bytes."
+    data = zlib.compress(bytes(min(tile[0] * tile[1], 10**6)), 9)
+    at = 150 + 8 * n
+    tags = [(256, 4, 1, shape[1]), (257, 4, 1, shape[0]), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1),
+            (322, 4, 1, tile[1]), (323, 4, 1, tile[0]), (324, 4, n, 150 if n > 1 else at), (325, 4, n, 150 + 4 * n if n > 1 else len(data))]
     head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
-    return head.ljust(150, b"\0") + data
+    return head.ljust(150, b"\0") + struct.pack(f"<{n}I", *[at] * n) + struct.pack(f"<{n}I", *[len(data)] * n) + data
 
 
 def dicom(syntax, pixels, shape=(40, 60)):
@@ -117,7 +118,8 @@ def jpeg_of(width, height):
     return bytes(data)
 
 
-BOMBS = {"a.png": png(60_000, 60_000), "b.png": png(9_000, 9_000), "c.png": png(5_000, 4_000), "a.tif": tiff_of_one_huge_tile(),
+BOMBS = {"a.png": png(60_000, 60_000), "b.png": png(9_000, 9_000), "c.png": png(5_000, 4_000), "a.tif": tiff((16, 16), (30_000, 30_000)),
+         "b.tif": tiff((1, 1600), (10**6, 16), 100), "c.tif": tiff((1600, 1), (16, 10**6), 100),
          "a.jpg": jpeg_of(60_000, 60_000), "a.dcm": dicom(ExplicitVRLittleEndian, bytes(2400), (60_000, 60_000)),
          "b.dcm": dicom(JPEGBaseline8Bit, encapsulate([jpeg_of(12_000, 12_000)])),
          "c.dcm": dicom(DeflatedExplicitVRLittleEndian, bytes(10**8), (10_000, 10_000))}
@@ -165,13 +167,43 @@ def test_a_table_of_any_size_ends_in_a_sentence(tmp_path):
     with Cost(), pytest.raises(DataError, match="1,200,000,000 bytes of text"): read_parquet(tmp_path / "d.parquet")
 
 
-def test_a_picture_of_many_scans_is_refused(tmp_path):
-    Image.effect_noise((512, 512), 50).save(tmp_path / "a.jpg", progressive=True)
+def test_a_giant_text_in_a_small_table_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_LETTERS", 1_000_000)
+    def write(values): pq.write_table(pa.table({"image_id": values}), tmp_path / "t.parquet", compression="zstd")
+    write(["x" * 999_000])
+    assert len(read_parquet(tmp_path / "t.parquet").image_id[0]) == 999_000
+    monkeypatch.setattr(files, "_letters", lambda path: pytest.fail("it was read"))
+    for values in (["x" * 3_000_000], [["x" * 3_000_000]]):         # in a list, too
+        write(values)
+        assert (tmp_path / "t.parquet").stat().st_size < 10_000
+        with pytest.raises(DataError, match="3,000,.* bytes of text, at most 1,000,000"): read_parquet(tmp_path / "t.parquet")
+
+
+def with_scans(data, n):
+    "A progressive JPEG, the last scan of its (first) picture n times."
+    end = data.index(b"\xff\xd9")
+    last = data.rindex(b"\xff\xda", 0, end)
+    return data[:last] + data[last:end] * n + data[end:]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO"])
+def test_a_picture_of_many_scans_is_refused(tmp_path, kind):
+    noise = Image.effect_noise((512, 512), 50)
+    noise.save(tmp_path / "a.jpg", kind, progressive=True, **{"save_all": True, "append_images": [noise]} if kind == "MPO" else {})
+    with Image.open(tmp_path / "a.jpg") as im: assert im.format == kind
     assert read_gray(tmp_path / "a.jpg").shape == (512, 512)
-    data = (tmp_path / "a.jpg").read_bytes()
-    last = data.rindex(b"\xff\xda")
-    (tmp_path / "a.jpg").write_bytes(data[:last] + data[last:-2] * 200 + data[-2:])
+    (tmp_path / "a.jpg").write_bytes(with_scans((tmp_path / "a.jpg").read_bytes(), 200))
     with Cost(), pytest.raises(DataError, match="scans: found 2"): read_gray(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("compression", [6, 7])                     # an old JPEG in a TIFF, which Pillow cannot write, and a new one
+def test_a_jpeg_of_many_scans_within_a_tiff_is_refused(tmp_path, compression):
+    Image.effect_noise((64, 64), 50).save(tmp_path / "a.tif", compression="jpeg")
+    data, tag = (tmp_path / "a.tif").read_bytes(), struct.pack("<HHI", 259, 3, 1)
+    at = data.index(tag) + len(tag)
+    (tmp_path / "a.tif").write_bytes(data[:at] + struct.pack("<H", compression) + data[at + 2:] + b"\xff\xda" * 200)
+    for look in (examine, read_gray):
+        with pytest.raises(DataError, match="scans: found 2"): look(tmp_path / "a.tif")
 
 
 def test_a_contour_of_many_points_costs_little():
@@ -190,6 +222,10 @@ def test_latents_that_unpack_to_gigabytes_are_refused(tmp_path):
     (tmp_path / "latents").mkdir()
     with zipfile.ZipFile(tmp_path / "latents/000.npz", "w", zipfile.ZIP_DEFLATED) as packed: packed.writestr("z.npy", bytes(10**8))
     with Cost(), pytest.raises(DataError, match="once unpacked"): saved_latents(tmp_path)
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": "<f4", "fortran_order": False, "shape": (10**12,)})
+    with zipfile.ZipFile(tmp_path / "latents/000.npz", "w") as packed: packed.writestr("z.npy", head.getvalue() + bytes(100))
+    with Cost(), pytest.raises(DataError, match="more values than there are"): saved_latents(tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"grades": 10**9}, {"embedding": 10**9}, {"width": 2**40}, {"dropout": 2}, {"grades": "6"},
@@ -224,6 +260,17 @@ def test_a_link_out_of_the_folder_is_not_followed(folder):
     (folder / "labels.csv").rename(folder.parent / "labels.csv")
     (folder / "labels.csv").symlink_to(folder.parent / "labels.csv")
     with pytest.raises(DataError, match="stays in this folder"): read_folder(folder, verbose=False)
+
+
+@pytest.mark.parametrize("part, image", [("masks", "a.png"), ("images", "../a.png")])
+def test_a_folder_that_is_a_link_is_not_searched(folder, part, image):
+    (folder.parent / "elsewhere/private").mkdir(parents=True)
+    (folder.parent / "elsewhere/private/name.png").write_text("x")
+    Image.effect_noise((60, 40), 40).save(folder / "a.png")
+    (folder / part).rename(folder.parent / "before")
+    (folder / part).symlink_to(folder.parent / "elsewhere")
+    left_out = read(folder, f"{image},1,TR4,\n").left_out
+    assert "name.png" not in left_out.to_string() and (part, "a link in the folder's place; not searched") in list(left_out.itertuples(index=False))
 
 
 def test_an_xml_that_is_a_link_out_of_the_folder_is_not_read(tmp_path):

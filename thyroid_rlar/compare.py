@@ -49,19 +49,20 @@ def _run_columns(run: Path) -> dict[str, object]:
     return dict(settings=key, objective=p["objective"], network=p["network"], scale=read_json(run / "model.json", "scale")["scale"], fold=p["fold"],
                 run=str(run))
 
-def _run_tables(folders: Sequence[str | Path], name: str) -> list[pd.DataFrame]:
-    "The tables of one name in all finished runs on a fold below each folder in turn, marked with their runs. FileNotFoundError where there are none."
+def _run_tables(folders: Sequence[str | Path], name: str, *columns: str) -> list[pd.DataFrame]:
+    """The tables of one name in all finished runs on a fold below each folder in turn, marked with their runs.
+    FileNotFoundError where there are none, DataError for a table that lacks a column."""
     tables, needed = [], ("params.json", "predictions.parquet")
     for folder in folders:
         paths = [p for p in sorted(Path(folder).rglob(name)) if all((p.parent / n).is_file() for n in needed)]
         runs = [(path, found) for path in paths if (found := _run_columns(path.parent))["fold"] != "all"]     # that reports no image left out
         if not runs: raise FileNotFoundError(f"{folder}: no finished runs on a fold below")
-        tables += [read_parquet(path).assign(**found) for path, found in runs]
+        tables += [read_parquet(path, *columns).assign(**found) for path, found in runs]
     return tables
 
 def read_runs(*folders: str | Path) -> pd.DataFrame:
     "Predictions of all finished runs below the folders, with columns method, objective, network, scale, fold, run. ValueError for two scales."
-    runs = pd.concat(_run_tables(folders, "predictions.parquet"), ignore_index=True)
+    runs = pd.concat(_run_tables(folders, "predictions.parquet", "image_id", "case_id", "group", "grade_index"), ignore_index=True)
     if runs.scale.nunique() > 1: raise ValueError(f"{folders}: runs on the scales {', '.join(runs.scale.unique())}; expected one")
     return runs.assign(method=method_names(runs))
 
@@ -102,9 +103,9 @@ COURSE = ("epoch", "excess", "excess_shuffled", "strength", "rlar_weight", "cos_
 
 def course(*folders: str | Path) -> pd.DataFrame:
     "A row per run and epoch, measured on inner validation images: method, fold, run and the columns of `COURSE`."
-    tables = _run_tables(folders, "history.parquet")
+    tables = _run_tables(folders, "history.parquet", "kind", "split", "epoch")
     epochs = pd.concat([t[(t.kind == "epoch") & (t.split == "val")] for t in tables], ignore_index=True)
-    return epochs.assign(method=method_names(epochs))[["method", "fold", "run", *COURSE]]
+    return epochs.assign(method=method_names(epochs)).reindex(columns=["method", "fold", "run", *COURSE])      # `keep_run` drops empty ones
 
 # %% ../nbs/68_compare.ipynb #012
 def _shared(a: pd.DataFrame, b: pd.DataFrame, *columns: str) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -129,7 +129,8 @@ def _check_held(path: Path) -> None:
 
 # %% ../nbs/03_files.ipynb #020
 _ADVICE = {errno.ENOSPC: "free space on this disk", errno.EDQUOT: "free space within your quota",
-           errno.EROFS: "a folder that can be written", errno.EACCES: "permission to write here", errno.ENOTDIR: "a folder", errno.EEXIST: "a folder"}
+           errno.EROFS: "a folder that can be written", errno.EACCES: "permission to read and write here"}
+_ADVICE |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a folder")
 _ADVICE |= dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.ENXIO), "its disk or network share back in place")
 
 def write_whole(
@@ -161,12 +162,14 @@ def _sync_folder(folder: Path) -> None:
         try: os.fsync(number)
         finally: os.close(number)
 
-def _errno(error: BaseException, path: Path) -> int | None:
-    "The system's error number behind an exception; libraries name it in their message only, or (NumPy, torch) say that less was written than asked."
+def _number(error: BaseException | None) -> int | None:
+    "The system's error number behind an exception; some libraries name it in their message only."
     if isinstance(error, OSError) and error.errno: return error.errno
-    found = [n for n in _ADVICE if os.strerror(n) in str(error)]
-    if found: return found[0]
-    if not isinstance(error, (OSError, RuntimeError)): return None
+    return next((n for n in _ADVICE if os.strerror(n) in str(error)), None)
+
+def _errno(error: BaseException, path: Path) -> int | None:
+    "The same for one who writes: others (NumPy, torch) say only that less was written than asked."
+    if (number := _number(error)) or not isinstance(error, (OSError, RuntimeError)): return number
     with suppress(OSError): return errno.ENOSPC if shutil.disk_usage(path.parent).free < 2**16 else None
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
@@ -244,11 +247,14 @@ def check_size(path: str | os.PathLike, most: int) -> int:
     return size
 
 def read_whole(path: str | os.PathLike, read: Callable[[Path], object]) -> object:
-    "`read(path)`; DataError naming the file when it is missing or damaged."
+    "`read(path)`; DataError naming the file when it is missing, damaged, or on a disk that fails. MemoryError when it is the memory that ran out."
     path = Path(path)
     if not os.path.isfile(path): raise DataError(path, "file", "none", "a file that a run has written")
     try: return read(path)
     except Exception as error:
+        if isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in str(error): raise MemoryError(f"{path}: {error}") from error
+        number = _number(error) or _number(error.__context__)             # zipfile says only that this is no zip file
+        if number in _ADVICE: raise DataError(path, "reading", os.strerror(number), _ADVICE[number]) from error
         raise DataError(path, "content", f"{type(error).__name__} ({error})", "a whole file: copy it again, or repeat the run") from error
 
 # %% ../nbs/03_files.ipynb #bcf945d0
@@ -257,6 +263,12 @@ def _plain(kind) -> bool:
     import pyarrow as pa
     while pa.types.is_list(kind) or pa.types.is_large_list(kind): kind = kind.value_type
     return any(of(kind) for of in (pa.types.is_string, pa.types.is_large_string, pa.types.is_primitive, pa.types.is_null))
+
+def _announced(head) -> int:
+    "Bytes of all text that a parquet file's head announces, each value that is stored once counted once."
+    groups = [head.row_group(k) for k in range(head.num_row_groups)]
+    chunks = [group.column(k) for group in groups for k in range(group.num_columns)]
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.physical_type == "BYTE_ARRAY")
 
 def _letters(path: Path) -> int:
     """Bytes of all text in a parquet file once each value is written out: a text that comes again and again lies in the file only once.
@@ -289,6 +301,7 @@ def read_parquet(path: str | os.PathLike, *needed: str):
     def parse(p: Path) -> pd.DataFrame:
         head = pq.read_metadata(p)          # no more of it than this: a damaged head of a column ends the process, not the call
         if (cells := head.num_rows * head.num_columns) > MAX_CELLS: raise ValueError(f"{cells:,} values, at most {MAX_CELLS:,} are read")
+        if (stored := _announced(head)) > 2 * MAX_LETTERS: raise ValueError(f"{stored:,} bytes of text, at most {MAX_LETTERS:,} are read")
         if (letters := _letters(p)) > MAX_LETTERS: raise ValueError(f"{letters:,} bytes of text, at most {MAX_LETTERS:,} are read")
         table = pd.read_parquet(p)
         if missing := set(needed) - set(table.columns): raise ValueError(f"no column {', '.join(sorted(missing))}")

@@ -11,7 +11,8 @@ import csv
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from textwrap import shorten
@@ -127,17 +128,21 @@ def _lookup(folder: Path, names: Sequence[str]) -> str | None:
         if os.path.isfile(inside(folder, name)): return Path(name).as_posix()
     return None
 
-def check_mask(path: Path, shape: tuple[int, int]) -> str:
-    "The flag of a mask that cannot be used, or of an unusual one (`mask_levels`); '' for a good one."
+def _examine_mask(path: Path) -> tuple[tuple[int, int] | None, str]:
+    "Size of a mask, None where it cannot be decoded, and its flag on an image of that size."
     try: values = read_raw(path)
-    except DataError: return "mask_bad"
+    except DataError: return None, "mask_bad"
     mask = binarise(values)
-    if mask.shape != tuple(shape): return "mask_size"
-    if not mask.any(): return "mask_empty"
-    if mask.all(): return "mask_full"
-    return "mask_levels" if ((values != 0) & (values != values.max())).any() else ""
+    if not mask.any(): return mask.shape, "mask_empty"
+    if mask.all(): return mask.shape, "mask_full"
+    return mask.shape, "mask_levels" if ((values != 0) & (values != values.max())).any() else ""
 
-def _find_mask(folder: Path, row: dict, image: str, shape: tuple[int, int]) -> tuple[str | None, str]:
+def check_mask(path: Path, shape: tuple[int, int], look: Callable = _examine_mask) -> str:
+    "The flag of a mask that cannot be used, or of an unusual one (`mask_levels`); '' for a good one."
+    size, flag = look(path)
+    return flag if size in (None, tuple(shape)) else "mask_size"
+
+def _find_mask(folder: Path, row: dict, image: str, shape: tuple[int, int], look: Callable) -> tuple[str | None, str]:
     "Mask file relative to `folder` or None, and its flag."
     given = row.get("mask")
     if "mask" in row and given is None: return None, "no_mask"
@@ -145,7 +150,7 @@ def _find_mask(folder: Path, row: dict, image: str, shape: tuple[int, int]) -> t
     try: path = _lookup(folder, [f"masks/{given}", given] if given else [f"masks/{stem.with_suffix(s)}" for s in MASKS])
     except DataError: return None, "mask_outside"
     if path is None: return None, "mask_missing" if given else "no_mask"
-    return path, check_mask(folder / path, shape)
+    return path, check_mask(inside(folder, path), shape, look)
 
 MASKS = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")
 
@@ -171,18 +176,26 @@ def dicom_facts(path: Path) -> tuple[float, set[str]]: # spacing in mm (NaN when
     return sum(spacing) / 2, flags
 
 # %% ../nbs/14_folder.ipynb #029
-def _read_image(folder: Path, name: str) -> tuple[str, ImageFacts, float, set[str]]:
-    "Path relative to `folder`, facts, spacing (NaN unknown) and flags of the image a row names; DataError when it cannot be used."
+def _examine_image(path: Path) -> tuple[ImageFacts, float, set[str]] | DataError:
+    "Facts, spacing (NaN unknown) and flags of an image, or why it cannot be used."
+    try:
+        facts = examine(path)
+        spacing, flags = dicom_facts(path) if facts.mode == "DICOM" else (math.nan, set())
+    except DataError as e: return e
+    return facts, spacing, flags | facts.flags
+
+def _read_image(folder: Path, name: str, look: Callable) -> tuple[str, ImageFacts, float, set[str]]:
+    "Path relative to `folder` of the image a row names, and what `look` finds in it; DataError when it cannot be used."
     path = _lookup(folder, [f"images/{name}", name])
     if path is None: raise DataError(folder / name, "image", "no such file", REQUIRED["image"])
-    facts = examine(folder / path)
-    spacing, flags = dicom_facts(folder / path) if facts.mode == "DICOM" else (math.nan, set())
-    return path, facts, spacing, flags | facts.flags
+    found = look(inside(folder, path))
+    if isinstance(found, DataError): raise DataError(*found.args)
+    return path, *found
 
-def _row(folder: Path, row: dict, image: tuple[str, ImageFacts, float, set[str]]) -> dict:
-    "Manifest row of a line of the table and its image."
+def _row(folder: Path, row: dict, image: tuple[str, ImageFacts, float, set[str]], look: Callable) -> dict:
+    "Manifest row of a line of the table and its image; `look` examines the mask."
     path, facts, spacing, flags = image
-    drawn, flag = _find_mask(folder, row, path, facts.shape)
+    drawn, flag = _find_mask(folder, row, path, facts.shape, look)
     mask = drawn if flag in ("", "mask_levels") else None
     flags = flags | ({flag} if flag else set()) | (set() if row["grade"] else {"no_grade"})
     extra = {name: value for name, value in row.items() if name not in REQUIRED | OPTIONAL and name != "line"}
@@ -191,11 +204,12 @@ def _row(folder: Path, row: dict, image: tuple[str, ImageFacts, float, set[str]]
                     "reader_id": row.get("reader") or "", "flags": flags, "_digest": facts.digest, "_key": row.get("group"), "_drawn": drawn}
 
 def _strays(folder: Path, used: set[str]) -> list[tuple[str, str]]:
-    "Files in images/ and masks/ that no row names."
+    "Files in images/ and masks/ that no row names; a part that is a link is named itself, since what lies at its end is not ours to list."
     reasons = {"images": "image that labels.csv does not name", "masks": "mask of no image in use"}
-    files = [p for part in reasons for p in sorted((folder / part).rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    links = [part for part in reasons if (folder / part).is_symlink()]
+    files = [p for part in reasons if part not in links for p in sorted((folder / part).rglob("*")) if p.is_file() and not p.name.startswith(".")]
     names = [p.relative_to(folder).as_posix() for p in files]
-    return [(name, reasons[name.split("/")[0]]) for name in names if name not in used]
+    return [(part, "a link in the folder's place; not searched") for part in links] + [(n, reasons[n.split("/")[0]]) for n in names if n not in used]
 
 # %% ../nbs/14_folder.ipynb #031
 _SPARE = ["_digest", "_key", "_drawn"]  # of a row while the table is made
@@ -230,12 +244,13 @@ def read_folder(folder: str | os.PathLike,  # holds labels.csv, images/ and mask
     scale = _find_scale(path, table, scale)
     _check_table(path, table, scale)
     images, rows, left_out = {}, [], {}
+    look_at_image, look_at_mask = cache(_examine_image), cache(_examine_mask)          # each file once, however many rows and names it has
     for row in table:
         name = row["image"]
         if name in left_out: continue
-        try: images[name] = images.get(name) or _read_image(folder, name)
+        try: images[name] = images.get(name) or _read_image(folder, name, look_at_image)
         except DataError as e: left_out[name] = f"{e.field}: {e.found}"
-        else: rows.append(_row(folder, row, images[name]))
+        else: rows.append(_row(folder, row, images[name], look_at_mask))
     if not rows: raise DataError(path, "image", "; ".join(f"{n}: {r}" for n, r in [*left_out.items()][:3]), "at least one image that can be read")
     used = {row[name] for row in rows for name in ("image", "_drawn")} | {f"images/{name}" for name in left_out} | left_out.keys()
     manifest = Manifest(_finish(rows), folder, scale, "folder", left_out_table([*left_out.items(), *_strays(folder, used)]))

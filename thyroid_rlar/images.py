@@ -10,7 +10,7 @@ __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'MAX_RLE', 'MAX_SCANS', 'MAX_PARTS', 'FORM
 import mmap
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +55,14 @@ def _open(path: Path) -> Image.Image:
     "The picture, its size checked and nothing decoded."
     im = Image.open(path, formats=FORMATS)
     _check_size(path, (im.height, im.width))
-    if im.format == "TIFF": _check_size(path, (im.tag_v2.get(323, 1), im.tag_v2.get(322, 1)))   # of a tile: length, width
-    if im.format == "JPEG" or im.info.get("compression") == "jpeg": _check_scans(path)
+    if im.format == "TIFF": _check_tiles(path, im.tag_v2)
+    if im.format in ("JPEG", "MPO") or "jpeg" in str(im.info.get("compression")): _check_scans(path)    # MPO: a JPEG with others behind it
     return im
+
+def _check_tiles(path: Path, tags: Mapping[int, int]) -> None:
+    "A TIFF's tiles may reach beyond its picture; all of each is decoded."
+    sides = ((tags[257], tags.get(323, 1)), (tags[256], tags.get(322, 1)))             # length and width: of the picture, of a tile
+    _check_size(path, tuple(-(-whole // tile) * tile for whole, tile in sides))
 
 def _check_scans(path: Path) -> None:
     "A progressive JPEG is decoded once for each scan; encoders make some ten."

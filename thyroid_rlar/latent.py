@@ -102,7 +102,9 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     "What an .npz file holds: no pickles, and not more than `MAX_CELLS` once unpacked."
     with zipfile.ZipFile(path) as packed: unpacked = sum(item.file_size for item in packed.infolist())
     if unpacked > 4 * MAX_CELLS: raise ValueError(f"{unpacked:,} bytes once unpacked, at most {4 * MAX_CELLS:,} are read")
-    with np.load(path, allow_pickle=False) as arrays: return dict(arrays)
+    try:
+        with np.load(path, allow_pickle=False) as arrays: return dict(arrays)
+    except MemoryError as e: raise ValueError(f"a head that tells of more values than there are: {e}") from e
 
 def _read_map(path: Path, key: str) -> LatentMap | None:
     "The map stored under this key, if there is one."

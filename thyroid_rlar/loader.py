@@ -138,7 +138,8 @@ def _prepare_row(manifest: Manifest, i: int, size: tuple[int, int]) -> tuple[np.
 IN_MEMORY = 2 << 30         # bytes of prepared images that are read into memory
 
 def _read_arrays(path: Path) -> np.ndarray:
-    arrays = np.load(path, None if path.stat().st_size <= IN_MEMORY else "r", allow_pickle=False)
+    arrays = np.load(path, "r", allow_pickle=False)                # mapped: a head that tells of more than there is takes no memory
+    if path.stat().st_size <= IN_MEMORY: arrays = np.array(arrays)
     arrays.setflags(write=False)
     return arrays
 

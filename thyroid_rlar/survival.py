@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT', 'NO_CHECKPOINT', 'NUMBERS', 'EXPLODED', 'FIRST', 'random_states', 'set_random_states',
-           'be_deterministic', 'save_checkpoint', 'clear_parts', 'load_checkpoint', 'TrainingStopped', 'advised',
-           'check_finite', 'check_watched', 'check_exploded', 'flat_tasks', 'warn_of_flat_tasks', 'stop_together']
+           'be_deterministic', 'save_checkpoint', 'clear_parts', 'is_over', 'load_checkpoint', 'TrainingStopped',
+           'advised', 'check_finite', 'check_watched', 'check_exploded', 'flat_tasks', 'warn_of_flat_tasks',
+           'stop_together']
 
 # %% ../nbs/49_survival.ipynb #911e4bbe
 import os
@@ -88,6 +89,43 @@ def clear_parts(folder: Path) -> None:
     "Remove what a killed run had begun to write."
     for part in [part for place in (".", CHECKPOINT.parent, "latents") for part in (folder / place).glob(".part-*")]: remove(part)
 
+# %% ../nbs/49_survival.ipynb #c2a196ae
+def _check_stored(state: dict, size: int) -> None:
+    "ValueError for a tensor of more values than its storage, or the file, has bytes for: a few bytes can be told to stand for any number of rows."
+    waiting, seen = [state], set()
+    while waiting:
+        if id(value := waiting.pop()) in seen: continue
+        seen.add(id(value))
+        if isinstance(value, dict): waiting += value.values()
+        elif isinstance(value, list | tuple): waiting += value
+        elif isinstance(value, torch.Tensor) and value.numel() * value.element_size() > min(value.untyped_storage().nbytes(), size):
+            raise ValueError(f"a tensor of shape {tuple(value.shape)}, for which too little is stored")
+
+def _check_numbers(state: dict, epochs: int) -> None:
+    for name in ("epoch", "best_epoch", "count", "processes"):
+        if type(state[name]) is not int: raise ValueError(f"{name} {state[name]!r:.40}, no whole number")
+    if not isinstance(state["best"], int | float): raise ValueError(f"best {state['best']!r:.40}, no number")
+    if not 0 <= state["epoch"] <= epochs: raise ValueError(f"epoch {state['epoch']} of {epochs}")
+
+def _check_steps(state: dict, most: int) -> None:
+    "ValueError unless all that is told of the steps of an epoch is told of the same number of them, at most so many."
+    rates, rows, values = state["rates"], state.get("rows", ()), list(state["values"].values())
+    lengths = {len(rates), len(rows), *map(len, values or [()]), *([len(state["cosines"])] if "cosines" in state else [])}
+    if len(lengths) > 1 or max(lengths) > most: raise ValueError(f"columns of {', '.join(map(str, sorted(lengths)))} steps; an epoch has {most}")
+    if any(column.ndim != 1 for column in values): raise ValueError("columns that do not have one value for each step")
+    numbers = (*rates, state["seconds"], state["waited"])
+    if not all(isinstance(number, int | float) for number in numbers): raise ValueError("rates or seconds that are no numbers")
+
+# %% ../nbs/49_survival.ipynb #b91f5abb
+def is_over(settings, epoch: int, best_epoch: int) -> bool:
+    "Whether a run has trained its last epoch, or validation has not improved for `patience` epochs."
+    return epoch >= settings.epochs or 0 < settings.patience <= epoch - 1 - best_epoch
+
+def _check_processes(t, state: dict, path: Path) -> None:
+    n, now = state["processes"], t.accelerator.num_processes
+    if n == now or is_over(t.settings, state["epoch"], state["best_epoch"]): return        # what is over is only read
+    raise DataError(path, "processes", now, f"{n}, as it began: accelerate launch --num_processes {n}")
+
 # %% ../nbs/49_survival.ipynb #e6e6e11c
 def _read_state(path: Path) -> dict:
     with zipfile.ZipFile(path) as file:                        # PyTorch's own format; it does not look at the checksums in it
@@ -96,11 +134,11 @@ def _read_state(path: Path) -> dict:
         if damaged := file.testzip(): raise ValueError(f"{damaged} is damaged")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict): raise ValueError(f"a {type(state).__name__}")
+    _check_stored(state, path.stat().st_size)
     return state
 
 def _put_back(t, state: dict) -> None:
-    if not 0 <= state["epoch"] <= t.settings.epochs: raise ValueError(f"epoch {state['epoch']} of {t.settings.epochs}")
-    if not all(isinstance(state[name], int | float) for name in NUMBERS): raise ValueError(f"{', '.join(NUMBERS)}: not all are numbers")
+    _check_steps(state["steps"], len(t.loader))
     if state["schedule"].keys() != t.schedule.state_dict().keys(): raise ValueError("another schedule")
     for name, part in _parts(t).items(): part.load_state_dict(state[name])
     for name in NUMBERS: setattr(t, name, state[name])
@@ -108,6 +146,7 @@ def _put_back(t, state: dict) -> None:
     _load_steps(t.steps, state["steps"], t.accelerator.device)
     set_random_states(state["random"])
 
+# %% ../nbs/49_survival.ipynb #130987a8
 def load_checkpoint(t) -> bool:
     "Go on where the folder's checkpoint stands; where there is none, say so. DataError for a damaged one, or one of another version."
     path = t.folder / CHECKPOINT
@@ -115,14 +154,17 @@ def load_checkpoint(t) -> bool:
         if t.schedule.last_epoch: raise TrainingStopped(f"resume: found no checkpoint in {t.folder}, but steps in this trainer; expected a new one")
         t.accelerator.print(f"resume: there is no checkpoint in {t.folder} yet, so the run begins at its start")
         return False
+    t.kept = "The checkpoint is kept as it is."
     state = read_whole(path, _read_state)
     if missing := {*_parts(t), *NUMBERS, "count", "steps", "random", "processes"} - state.keys():
         raise DataError(path, "content", f"no {', '.join(sorted(missing))}", "a checkpoint of this version: begin the run anew, without `resume`")
-    if (n := state["processes"]) != t.accelerator.num_processes and state["epoch"] < t.settings.epochs:     # a finished run is only read
-        raise DataError(path, "processes", f"{t.accelerator.num_processes}", f"{n}, as it began: accelerate launch --num_processes {n}")
-    try: _put_back(t, state)
-    except torch.OutOfMemoryError: raise
+    try:
+        _check_numbers(state, t.settings.epochs)
+        _check_processes(t, state, path)
+        _put_back(t, state)
+    except DataError: raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if _of_memory(error): raise
         raise DataError(path, "content", f"{type(error).__name__} ({error})", "a checkpoint of this run: begin it anew, without `resume`") from error
     t.log.load(t.epoch)
     t.kept = _stands(t)
@@ -134,12 +176,14 @@ class TrainingStopped(RuntimeError):
 
 _MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")     # as CUDA, PyTorch on the CPU, and cuBLAS or cuDNN say it
 
+def _of_memory(error: Exception) -> bool: return isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY)
+
 def _advice(error: Exception, t) -> str | None:
     "What to do about an error; None where the error itself is the message."
-    if isinstance(error, DataError): return f"{error}." if error.field in ("writing", "folder") else None
+    if isinstance(error, DataError): return f"{error}." if error.field in ("reading", "writing", "folder") else None
     said, s = (str(error).strip() or type(error).__name__).splitlines()[0], t.settings
     place, (height, width) = f"epoch {t.epoch}, step {len(t.steps)}", t.watch.data.prepared.size
-    if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY):
+    if _of_memory(error):
         return (f"{place}: memory ran out on {t.accelerator.device} ({said}) with batch_size {s.batch_size} and image_size {height}x{width}. "
                 "Lower batch_size first, then image_size; on a GPU precision bf16 needs less, too.")
     if "DataLoader worker" in str(error):
@@ -187,11 +231,16 @@ def check_watched(nodules: pd.DataFrame, t) -> None:
     raise TrainingStopped(f"epoch {t.epoch}: {which} is no finite number on {len(rows)} watched images, as {images}; a lower learning_rate, or "
                           f"precision fp32, is the usual cure. {t.kept}")
 
+# %% ../nbs/49_survival.ipynb #60d913df
+def _yardstick(losses: pd.Series) -> float:
+    "A task's first loss, or the median of its first steps where that is smaller: these may be the ones that explode. 0 means no labels in a batch."
+    first = losses[losses > 0][:FIRST]
+    return min(first.iloc[0], first.median()) if len(first) else np.nan
+
 def check_exploded(steps: pd.DataFrame, began: pd.DataFrame, t) -> None:
-    "Raise TrainingStopped when a task's loss went beyond EXPLODED times its median over the run's first steps, naming the worst step and its images."
+    "Raise TrainingStopped when a task's loss went beyond EXPLODED times what it was in the run's first steps, naming the worst step and its images."
     names = [c for c in steps if c.startswith("loss_")]
-    first = began[names].apply(lambda losses: losses[losses > 0][:FIRST].median())     # a batch without a task's labels has a loss of 0
-    ratio = steps[names] / first
+    ratio = steps[names] / began[names].apply(_yardstick)
     if not ratio.max().max() > EXPLODED: return
     name = ratio.max().idxmax()
     step = int(ratio[name].to_numpy().argmax())
@@ -212,7 +261,7 @@ def flat_tasks(steps: pd.DataFrame) -> dict[str, tuple[float, float]]:
 def warn_of_flat_tasks(t) -> None:
     "Once, when half the epochs are over, or validation ends the run before: name the tasks that have learned nothing."
     half = (t.settings.epochs + 1) // 2
-    if t.epoch != half and not (t.stale and t.epoch < half): return
+    if t.epoch != half and not (is_over(t.settings, t.epoch, t.best_epoch) and t.epoch < half): return
     table = pd.concat(t.log.history, ignore_index=True)
     flat = {task: means for task, means in flat_tasks(table[table.kind == "step"]).items() if t.objective.weights[task]}
     if not flat: return

@@ -49,6 +49,7 @@ from thyroid_rlar.survival import (
     check_finite,
     check_watched,
     clear_parts,
+    is_over,
     load_checkpoint,
     save_checkpoint,
     stop_together,
@@ -315,7 +316,7 @@ def fit(self: Trainer, resume: bool = False) -> pd.DataFrame:
         if self.settings.tensorboard: self.accelerator.init_trackers("tensorboard")
         done = self.epoch * len(self.loader) + len(self.steps)
         with tqdm(total=self.settings.epochs * len(self.loader), initial=done, desc="training", unit="step", disable=not main) as bar:
-            while self.epoch < self.settings.epochs and not self.stale:
+            while not is_over(self.settings, self.epoch, self.best_epoch):
                 end_epoch(self, train_epoch(self, bar), bar)
                 for callback in self.callbacks: callback(self)
     self.accelerator.wait_for_everyone()                       # until the first process has written the model
@@ -329,11 +330,6 @@ def due(self: Trainer) -> bool:
     "Whether the checkpoint is old enough to be replaced before the epoch ends; several processes meet at its end only."
     old = time.perf_counter() - self.saved >= self.settings.checkpoint_seconds
     return old and len(self.steps) < len(self.loader) and self.accelerator.num_processes == 1
-
-@patch(as_prop=True)
-def stale(self: Trainer) -> bool:
-    "Whether validation has not improved for `patience` epochs."
-    return 0 < self.settings.patience <= self.epoch - 1 - self.best_epoch
 
 # %% ../nbs/50_training.ipynb #030
 def train_epoch(t: Trainer, bar: tqdm) -> dict[str, float]:
