@@ -461,6 +461,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/thyroid_rlar', 'doc_host':
                                                                                                          'thyroid_rlar/explorers.py'),
                                         'thyroid_rlar.explorers.LiveFigure._shared': ( 'explorers.html#livefigure._shared',
                                                                                        'thyroid_rlar/explorers.py'),
+                                        'thyroid_rlar.explorers.LiveFigure.drop_outline': ( 'explorers.html#livefigure.drop_outline',
+                                                                                            'thyroid_rlar/explorers.py'),
                                         'thyroid_rlar.explorers.LiveFigure.get_state': ( 'explorers.html#livefigure.get_state',
                                                                                          'thyroid_rlar/explorers.py'),
                                         'thyroid_rlar.explorers.LiveFigure.open': ( 'explorers.html#livefigure.open',

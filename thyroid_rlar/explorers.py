@@ -230,6 +230,12 @@ class LiveFigure(go.FigureWidget):
     def open(self) -> None:
         if self._built: super().open()
 
+    def drop_outline(self) -> None:
+        "Take a lasso's outline off the page and keep the points that it chose. Python is not told of outlines, so to plotly nothing changes."
+        points = self.data[0].selectedpoints
+        kept = {"selectedpoints": [None if points is None else [int(k) for k in points]]}
+        self._send_update_msg(kept, {"selections": []}, [0])
+
     def get_state(self, key=None, drop_defaults=False) -> dict:
         "As of every widget; but a page that is loaded again gets the figure as it is now, where plotly gives it as it was built."
         state = super().get_state(key, drop_defaults)

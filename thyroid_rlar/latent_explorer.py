@@ -307,7 +307,8 @@ def _show_map(self: LatentExplorer) -> None:
         for trace, k in zip((self.map_fig.data[0], *self.map_fig.data[2:]), (slice(None), *at.values())):
             trace.update(x=drawn.now.x.to_numpy()[k], y=drawn.now.y.to_numpy()[k])
         self.map_fig.layout.xaxis.title.text, self.map_fig.layout.yaxis.title.text = map(as_text, drawn.axes)
-        self.map_fig.update_layout(xaxis_autorange=True, yaxis_autorange=True, selections=[])      # the lasso's outline was drawn on the other map
+        self.map_fig.update_layout(xaxis_autorange=True, yaxis_autorange=True)
+    self.map_fig.drop_outline()                            # the lasso was drawn on the other map
     if not ready and not self.working("map"): self.work("map", self.make_map(), lambda done: done and self._show_map())
 
 @patch
@@ -383,10 +384,8 @@ def _show_cohort(self: LatentExplorer) -> None:
     rows = self.state.picked
     self.cohort_box.layout.display = "" if rows else "none"
     at = self.run.table.index.get_indexer(list(rows)) if rows else None
-    with self.map_fig.batch_update():
-        self.map_fig.data[0].selectedpoints = at
-        if not rows: self.map_fig.layout.selections = []           # a cohort chosen in code has no outline
-    if not rows: return
+    with self.map_fig.batch_update(): self.map_fig.data[0].selectedpoints = at
+    if not rows: return self.map_fig.drop_outline()
     with self.cohort_fig.batch_update(): redraw_cohort(self.cohort_fig, self.run, rows)
     self.cohort_list.value = facts_html(cohort_facts(self.run, rows)) + cohort_list(self.run, rows)
 
