@@ -279,7 +279,8 @@ def _build_cohort(self: LatentExplorer) -> widgets.Widget:
     self.cohort_list = widgets.HTML()
     self.cohort_fig = self.figure(cohort_figure(self.run, ()))
     body = side_by_side(self.cohort_list, self.cohort_fig)
-    self.cohort_box = widgets.VBox([heading("Cohort within the lasso"), body], layout=dict(display="none"))
+    self.cohort_parts = [heading("Cohort within the lasso"), body]
+    self.cohort_box = widgets.VBox(layout=dict(display="none"))         # empty while it is hidden: plotly cannot draw what has no size
     return self.cohort_box
 
 # %% ../nbs/82_latent_explorer.ipynb #56140c71
@@ -382,7 +383,7 @@ def _hide_plane(self: LatentExplorer) -> None:
 @patch
 def _show_cohort(self: LatentExplorer) -> None:
     rows = self.state.picked
-    self.cohort_box.layout.display = "" if rows else "none"
+    self.cohort_box.layout.display, self.cohort_box.children = ("", self.cohort_parts) if rows else ("none", [])
     at = self.run.table.index.get_indexer(list(rows)) if rows else None
     with self.map_fig.batch_update(): self.map_fig.data[0].selectedpoints = at
     if not rows: return self.map_fig.drop_outline()
@@ -395,4 +396,5 @@ def close(self: LatentExplorer) -> None:
     if self._view is not None:
         points = self.map_fig.data[0]
         points.on_click(None); points.on_selection(None); points.on_deselect(None)
+        self.cohort_box.children = self.cohort_parts                   # so that they are closed, too
     super(LatentExplorer, self).close()
