@@ -45,7 +45,8 @@ run: env  ## install what is missing, train and report on the built-in phantom i
 test: env  ## install what is missing, then run every notebook's tests and pytest
 	@notebooks=passed; tests=passed; \
 	echo '== notebooks (nbdev_test)'; \
-	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing || notebooks=FAILED; \
+	gpu=`$(BIN)/python -c 'import torch; print("cuda" * torch.cuda.is_available())'`; \
+	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 $(BIN)/nbdev_test --flags "$$gpu" --n_workers $(WORKERS) --do_print --timing || notebooks=FAILED; \
 	echo '== tests (pytest)'; \
 	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder || tests=FAILED; \
 	echo "== notebooks: $$notebooks; tests: $$tests"; \

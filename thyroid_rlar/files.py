@@ -265,10 +265,8 @@ def _plain(kind) -> bool:
     return any(of(kind) for of in (pa.types.is_string, pa.types.is_large_string, pa.types.is_primitive, pa.types.is_null))
 
 def _announced(head) -> int:
-    "Bytes of all text that a parquet file's head announces, each value that is stored once counted once."
-    groups = [head.row_group(k) for k in range(head.num_row_groups)]
-    chunks = [group.column(k) for group in groups for k in range(group.num_columns)]
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.physical_type == "BYTE_ARRAY")
+    "Bytes that a parquet file's head announces, a value that is stored once counted once. Columns are not asked: a damaged one ends the process."
+    return sum(head.row_group(k).total_byte_size for k in range(head.num_row_groups))
 
 def _letters(path: Path) -> int:
     """Bytes of all text in a parquet file once each value is written out: a text that comes again and again lies in the file only once.
@@ -299,9 +297,9 @@ def read_parquet(path: str | os.PathLike, *needed: str):
     import pandas as pd
     import pyarrow.parquet as pq
     def parse(p: Path) -> pd.DataFrame:
-        head = pq.read_metadata(p)          # no more of it than this: a damaged head of a column ends the process, not the call
+        head = pq.read_metadata(p)
         if (cells := head.num_rows * head.num_columns) > MAX_CELLS: raise ValueError(f"{cells:,} values, at most {MAX_CELLS:,} are read")
-        if (stored := _announced(head)) > 2 * MAX_LETTERS: raise ValueError(f"{stored:,} bytes of text, at most {MAX_LETTERS:,} are read")
+        if (stored := _announced(head)) > (most := 2 * MAX_LETTERS + 8 * cells): raise ValueError(f"{stored:,} bytes, at most {most:,} are read")
         if (letters := _letters(p)) > MAX_LETTERS: raise ValueError(f"{letters:,} bytes of text, at most {MAX_LETTERS:,} are read")
         table = pd.read_parquet(p)
         if missing := set(needed) - set(table.columns): raise ValueError(f"no column {', '.join(sorted(missing))}")
