@@ -9,6 +9,7 @@ from PIL import Image
 
 PICTURES = {"latent": ".rlar-explorer >> nth=0", "angles": ".rlar-explorer >> nth=1", "attribution": ".rlar-explorer >> nth=2",
             "report": ".nodule-report"}
+TALLEST = 1250       # pixels: of the report, which is longer, the upper part
 
 
 def main(run_dir: Path) -> None:
@@ -21,6 +22,7 @@ def main(run_dir: Path) -> None:
             part.wait_for(timeout=120_000)
             until(lambda part=part: "…" not in part.text_content(), f"{name} has all its maps", opened.page, 600)
             shot = Image.open(opened.screenshot(Path(folder) / f"{name}.png", part)).convert("RGB")
+            shot = shot.crop((0, 0, shot.width, min(shot.height, TALLEST)))
             shot.save(ROOT / f"nbs/images/explorer-{name}.jpg", quality=85, subsampling=0, optimize=True)
             print(f"nbs/images/explorer-{name}.jpg, {shot.width} x {shot.height}")
         assert not opened.errors and not opened.console, (opened.errors, opened.console)
