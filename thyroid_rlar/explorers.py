@@ -231,10 +231,8 @@ class LiveFigure(go.FigureWidget):
         if self._built: super().open()
 
     def drop_outline(self) -> None:
-        "Take a lasso's outline off the page and keep the points that it chose. Python is not told of outlines, so to plotly nothing changes."
-        points = self.data[0].selectedpoints
-        kept = {"selectedpoints": [None if points is None else [int(k) for k in points]]}
-        self._send_update_msg(kept, {"selections": []}, [0])
+        "Take a lasso's outline off the page, and with it the highlight of its points. Python is not told of outlines, so to plotly nothing changes."
+        self._send_relayout_msg({"selections": []})
 
     def get_state(self, key=None, drop_defaults=False) -> dict:
         "As of every widget; but a page that is loaded again gets the figure as it is now, where plotly gives it as it was built."
