@@ -285,7 +285,8 @@ def words(self: AngleExplorer) -> list[str]:
     if self.run.untrained: said.append(f"Not trained: {self.run.untrained}.")
     said += [f"E of {c.name} is measured at {measured_by(c.rlar)}: not to be held against this run's." for c in self.courses()
              if c.rlar and measured_by(c.rlar) != measured_by(self.run.rlar)]
-    if not len(course_lines(self.courses()[0], s.where, s.split)["strength"][0]):
+    h = self.run.history
+    if "strength" not in h or h.strength[(h.kind == "epoch") & (h.split == s.split)].isna().all():
         said.append(f"Strength was not measured on {_PARTS[s.split]} images.")
     if s.method not in self.maps._maps: said.append("The UMAP is being made, half a minute the first time; meanwhile the PCA.")
     elif self.map().note: said.append(self.map().note)

@@ -223,11 +223,11 @@ def attribution(self: AttributionExplorer, method: str | None = None) -> Attribu
 @patch
 def _surround(self: AttributionExplorer, row: int, version: int) -> tuple[dict[str, np.ndarray] | None, list[tuple[np.ndarray, np.ndarray]], str]:
     valid, fields = self._subjects(row, version).valid[0, 0].cpu().numpy(), (self.run.contour(row), self.run.predicted(row))
-    masks = [f > .5 for f in fields if f is not None and ((f > .5) & valid).any()]
+    masks = [(f > .5, whose) for f, whose in zip(fields, ("reader's", "model's")) if f is not None and ((f > .5) & valid).any()]
     lines = [outline(f) if f is not None else ([], []) for f in fields]
     arrays = [tuple(np.array(v, np.float32) for v in line) for line in lines]     # quicker to send than lists
-    whose = "reader's" if fields[0] is not None and ((fields[0] > .5) & valid).any() else "model's"
-    return nodule_regions(masks[0], valid) if masks else None, arrays, whose
+    mask, whose = masks[0] if masks else (None, "model's")
+    return nodule_regions(mask, valid) if masks else None, arrays, whose
 
 @patch
 def around(self: AttributionExplorer) -> tuple[dict[str, np.ndarray] | None, list[tuple[np.ndarray, np.ndarray]], str]:
