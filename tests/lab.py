@@ -93,10 +93,22 @@ class Notebook:
         kernels = [session["kernel"] for session in self.lab.ask("sessions") if session["path"] == self.name]
         return any(kernel["execution_state"] == "idle" and kernel["connections"] for kernel in kernels)
 
-    def run_all(self, seconds: float = 240) -> Self:
-        "Run all cells and wait for the last; a cell that raises ends it, as in JupyterLab."
+    def start(self) -> Self:
+        "Run all cells, without waiting."
         self.page.get_by_text("Run", exact=True).first.click()
         self.page.locator('[data-command="runmenu:run-all"]').first.click()
+        return self
+
+    def theme(self, name: str) -> None:
+        "Light or Dark, by the menu."
+        self.page.get_by_text("Settings", exact=True).first.click()
+        self.page.locator(".lm-Menu-itemLabel", has_text="Theme").first.hover()
+        self.page.locator(".lm-Menu-itemLabel", has_text=f"JupyterLab {name}").first.click()
+        self.settle()
+
+    def run_all(self, seconds: float = 240) -> Self:
+        "Run all cells and wait for the last; a cell that raises ends it, as in JupyterLab."
+        self.start()
         prompts = self.page.locator(".jp-CodeCell .jp-InputPrompt")
 
         def done() -> bool:

@@ -2,6 +2,8 @@
 import json
 from pathlib import Path
 
+import nbformat
+import pandas as pd
 import pytest
 from lab import Lab, Notebook, explore_notebook, until
 from playwright.sync_api import Locator
@@ -12,14 +14,21 @@ from thyroid_rlar.parameters import check_parameters
 from thyroid_rlar.runs import load_data, make_trainer, open_source, run_folder
 
 
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("explored") / "run"
-    s = check_parameters(dict(source="folder", data_dir="data/phantom", out_dir=str(folder), image_size="64x96", stride=8, epochs=6, batch_size=4,
-                              device="cpu", folds=3))
+def trained(folder: Path, epochs: int, objective: str) -> Path:
+    "A finished run on the repository's phantoms."
+    s = check_parameters(dict(source="folder", data_dir="data/phantom", out_dir=str(folder), image_size="64x96", stride=8, epochs=epochs,
+                              batch_size=4, device="cpu", folds=3, objective=objective))
     make_trainer(s, load_data(s, open_source(s), progress=False), run_folder(s)).fit()
     (folder / "metrics.json").write_text("{}")
     return folder
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path: return trained(tmp_path_factory.mktemp("explored") / "run", 6, "rlar")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path: return trained(tmp_path_factory.mktemp("beside") / "other", 2, "sum")
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +37,8 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def opened(lab, run_dir):
-    opened = lab.open(explore_notebook(run_dir), "explore.ipynb").run_all(300)
+def opened(lab, run_dir, other):
+    opened = lab.open(explore_notebook(run_dir, beside=[str(other)]), "explore.ipynb").run_all(300)
     opened.settle()
     yield opened
     assert not opened.errors and not opened.console, (opened.errors, opened.console)
@@ -101,11 +110,16 @@ def test_a_lasso_gives_a_cohort(opened, lab):
     path = [(left - w, low - h), (middle, low - h), (middle, high + h), (left - w, high + h), (left - w, low - h)]
     opened.lasso(drawing, path, then=list(zip(xs, ys)))
     until(lambda: box.get_by_text("Cohort within the lasso").is_visible(), "the cohort shows", opened.page)
-    assert box.get_by_text(f"save all {sum(x < middle for x in xs)} as CSV").is_visible()
+    count = sum(x < middle for x in xs)
+    with opened.page.expect_download() as saved: box.get_by_text(f"save all {count} as CSV").click()
+    table = pd.read_csv(saved.value.path())
+    assert len(table) == count and saved.value.suggested_filename == "cohort.csv" and {"image_id", "dice", "angle"} <= set(table)
     opened.screenshot(lab.screenshots / "cohort.png", box)
     box.get_by_role("button", name="UMAP", exact=True).click()
     until(lambda: drawing.evaluate("p => p._fullLayout.xaxis.title.text") == "UMAP 1", "the other map", opened.page, 90)
     until(lambda: not drawing.evaluate("p => (p._fullLayout.selections || []).length"), "without the outline drawn on the first", opened.page)
+    until(lambda: drawing.evaluate("p => (p._fullData[0].selectedpoints || []).length") == count, "but with the same points picked", opened.page)
+    opened.screenshot(lab.screenshots / "cohort-umap.png", box)
     box.get_by_role("button", name="PCA", exact=True).click()
     opened.settle()
 
@@ -128,6 +142,8 @@ def test_epochs_and_places_of_the_angle(opened, lab):
     number = drawing.evaluate("p => p._fullData.findIndex(t => t.name === 'map: nodules')")
     before = opened.data(drawing, number, "x")
     assert drawing.evaluate("p => p._fullLayout.xaxis2.title.text").startswith("component 1")
+    named = drawing.evaluate("p => p._fullData.filter(t => t.showlegend).map(t => t.name)")
+    assert named[:2] == ["rlar", "sum"], named                             # the run beside it
     opened.key("map at epoch", "ArrowLeft", 1)
     until(lambda: opened.data(drawing, number, "x") != before, "the map moves to another epoch", opened.page)
     before = opened.data(drawing, number, "x")
@@ -188,11 +204,39 @@ def test_a_page_that_is_loaded_again_shows_what_was_chosen(opened):
 
 
 def test_in_the_dark(opened, lab):
+    "JupyterLab's own theme, by its menu."
     box, paper = explorer(opened, 0), "p => p._fullLayout.paper_bgcolor"
-    opened.page.evaluate("document.body.dataset.jpThemeLight = 'false'")        # what JupyterLab does when the theme is changed
-    until(lambda: plots(box).first.evaluate(paper) == "#111111", "figures go dark with the page", opened.page)
-    opened.page.evaluate("document.body.dataset.jpThemeLight = 'true'")
+    opened.theme("Dark")
+    for number in range(3):
+        figure = plots(explorer(opened, number)).first
+        until(lambda figure=figure: figure.evaluate(paper) == "#111111", "figures go dark with the page", opened.page)
+        opened.screenshot(lab.screenshots / f"dark-{number}.png", explorer(opened, number))
+    opened.theme("Light")
     until(lambda: plots(box).first.evaluate(paper) == "white", "and light again", opened.page)
+
+
+LIVE = """from thyroid_rlar.angle_explorer import LiveAngles
+from thyroid_rlar.parameters import check_parameters
+from thyroid_rlar.runs import load_data, make_trainer, open_source, run_folder
+s = check_parameters(dict(source="folder", data_dir="data/phantom", out_dir={folder!r}, image_size="64x96", stride=8, epochs=4, batch_size=4,
+                          device="cpu", folds=3))
+make_trainer(s, load_data(s, open_source(s, progress=False), progress=False), run_folder(s), [LiveAngles()]).fit()"""
+
+
+def test_angles_while_a_run_is_trained(lab, tmp_path):
+    "The figure is there from the first epoch on, and has a point more after each."
+    cell = nbformat.v4.new_code_cell(LIVE.format(folder=str(tmp_path / "run")))
+    opened = lab.open(nbformat.v4.new_notebook(cells=[cell]), "live.ipynb").start()
+    drawing, median = plots(explorer(opened, 0)).first, "p => p._fullData.find(t => t.showlegend).x.length"
+    seen = {drawing.evaluate(median)}
+    until(lambda: seen.add(drawing.evaluate(median)) or max(seen) == 4, "four epochs are drawn", opened.page, 120)
+    assert len(seen) > 1, seen
+    opened.settle()
+    opened.screenshot(lab.screenshots / "live.png", explorer(opened, 0))
+    opened.key("map at epoch", "ArrowLeft", 1)
+    until(lambda: "epoch 0" in drawing.inner_text(), "once it is trained, the slider moves the map", opened.page)
+    assert not opened.errors and not opened.console, (opened.errors, opened.console)
+    opened.close()
 
 
 def test_still_pictures_through_papermill(run_dir, tmp_path):

@@ -27,7 +27,7 @@ from .figures import BLUE, GREEN, ORANGE, PURPLE, SKY, TEMPLATE, VERMILLION, as_
 from .files import read_parquet, resolve
 from .latent import MAPS, LatentMap, saved_latents
 from .latent_explorer import LatentExplorer
-from .latent_figures import paint
+from .latent_figures import RIM, paint
 from .opened import OpenRun, open_trainer
 from .parameters import make_rlar
 from .rlar import RLAR, WHERE
@@ -183,7 +183,7 @@ def _drawn(self: AngleExplorer, drawn: LatentMap) -> go.Figure:
     fig.add_scatter(x=path.epoch, y=path[f"cos_{s.where}"], row=1, col=1, **own)
     places, colors = self.places(drawn), paint(self.run, "grade_index").colors
     names = [as_text(f"{n}, grade {g}" if isinstance(g, str) else f"{n}, no grade") for n, g in zip(self.run.table.image_id, self.run.table.grade)]
-    styles = {"nodules": dict(mode="markers", marker=dict(size=9, color=colors), text=names, hovertemplate="%{text}<extra></extra>"),
+    styles = {"nodules": dict(mode="markers", marker=dict(size=9, color=colors, line=RIM), text=names, hovertemplate="%{text}<extra></extra>"),
               "its way here": dict(mode="lines", line=dict(color=VERMILLION, width=2, dash="dot"), hoverinfo="skip"),
               "chosen nodule": dict(mode="markers", marker=dict(symbol="circle-open", size=18, color=VERMILLION, line_width=4), hoverinfo="skip")}
     for name, style in styles.items():

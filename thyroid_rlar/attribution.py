@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'PARTS', 'Progress', 'METHODS', 'Target', 'check_target', 'Subject', 'look', 'Readout', 'layers', 'Method',
            'baseline', 'Attribution', 'Attributor', 'attribute', 'Planted', 'planted_phantom', 'nodule_regions',
-           'region_shares', 'risk_split', 'randomised', 'similarity', 'sanity_check']
+           'region_shares', 'risk_split', 'untrained_weights', 'randomised', 'similarity', 'sanity_check']
 
 # %% ../nbs/76_attribution.ipynb #b9b35d56
 import copy
@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 
 # %% ../nbs/76_attribution.ipynb #575bd9c5
 import numpy as np
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from .bmode import Scanner, Tissue, add_spots, insonify, log_compress
 from .bmode import inside as soft
 from .files import fingerprint
-from .network import MultitaskNet
+from .network import MultitaskNet, NetworkSettings
 
 # %% ../nbs/76_attribution.ipynb #b1e769f6
 KINDS = {"mask": "mean mask logit in the predicted mask", "grade": "log-probability of a grade",
@@ -204,27 +205,28 @@ def _occlude(readout: Readout, s: Subject, against: Tensor, m: Method) -> Tensor
 
 def _through_noise(readout: Readout, s: Subject, against: Tensor, m: Method) -> tuple[Tensor, float]:
     "Mean map over noisy copies, and the mean convergence delta (NaN for saliency)."
-    from captum.attr import IntegratedGradients, NoiseTunnel, Saliency
-    many = dict(nt_samples=m.samples, stdevs=m.noise)
-    with torch.random.fork_rng([s.image.device] if s.image.is_cuda else []):
-        torch.manual_seed(m.seed)
-        if m.over == "saliency":
-            readout.expect(m.samples)
-            return NoiseTunnel(Saliency(readout)).attribute(s.image, nt_samples_batch_size=m.batch, abs=False, **many), float("nan")
-        readout.expect(m.samples * (m.steps + 2))
-        found, delta = NoiseTunnel(IntegratedGradients(readout)).attribute(
-            s.image, nt_samples_batch_size=1, baselines=against, n_steps=m.steps, method="riemann_middle", internal_batch_size=m.batch,
-            return_convergence_delta=True, **many)
-    return found, delta.mean().item() if readout.target.part == "whole" else float("nan")
+    from captum.attr import IntegratedGradients, Saliency
+    own = torch.Generator(s.image.device).manual_seed(m.seed)
+    copies = s.image + m.noise * torch.randn((m.samples, *s.image.shape[1:]), generator=own, device=s.image.device)
+    if m.over == "saliency":
+        readout.expect(m.samples)
+        found = [Saliency(readout).attribute(some.requires_grad_(), abs=False) for some in copies.split(m.batch)]
+        return torch.cat(found).mean(0, keepdim=True), float("nan")
+    readout.expect(m.samples * (m.steps + 2))
+    path = partial(IntegratedGradients(readout).attribute, baselines=against, n_steps=m.steps, method="riemann_middle", internal_batch_size=m.batch,
+                   return_convergence_delta=True)
+    found, deltas = zip(*(path(copy) for copy in copies.split(1)))
+    return torch.cat(found).mean(0, keepdim=True), torch.cat(deltas).mean().item() if readout.target.part == "whole" else float("nan")
 
 # %% ../nbs/76_attribution.ipynb #cb80016f
 class Attributor:
     "Attributions of one network, kept in memory by image, target, method and state of the weights; the oldest of more than `keep` are forgotten."
     def __init__(self, net: MultitaskNet, keep: int = 500):
         self.net, self.keep, self._kept = net, keep, {}
+        self._weights = tuple(net.parameters())                        # gathered once: it takes longer than all else that is asked
 
     def _key(self, subject: Subject, target: Target, method: Method) -> tuple:
-        weights = sum(p._version for p in self.net.parameters())       # counts the changes in place, such as an optimizer's
+        weights = sum(p._version for p in self._weights)               # counts the changes in place, such as an optimizer's
         return subject.key, target, method, weights
 
     def cached(self, subject: Subject, target: Target, method: Method = Method()) -> Attribution | None:
@@ -318,11 +320,16 @@ def risk_split(attributor: Attributor, subject: Subject, target: Target, method:
     return {"whole": whole} | {p: attributor(subject, replace(target, part=p), same, progress) for p in ("guided", "free")}
 
 # %% ../nbs/76_attribution.ipynb #094e9cee
-def randomised(net: MultitaskNet, seed: int = 0) -> Iterator[tuple[str, MultitaskNet]]:
-    "Copies of the network with more and more weights as before any training: the heads; also the fused map and the deeper half of the encoder; all."
+@lru_cache(2)
+def untrained_weights(settings: NetworkSettings, seed: int) -> dict[str, Tensor]:
+    "As before any training. The process's random numbers are set for a moment and put back, so: not in a thread beside something that draws."
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        fresh = MultitaskNet(net.settings, pretrained="none").state_dict()
+        return MultitaskNet(settings, pretrained="none").state_dict()
+
+def randomised(net: MultitaskNet, seed: int = 0) -> Iterator[tuple[str, MultitaskNet]]:
+    "Copies of the network with more and more weights as before any training: the heads; also the fused map and the deeper half of the encoder; all."
+    fresh = untrained_weights(net.settings, seed)
     encoder = [k for k in fresh if k.startswith("encoder.")]
     heads = [k for k in fresh if k.startswith(("risk.", "mask.", "rotations."))]
     deep = [k for k in fresh if k.startswith("fuse.")] + encoder[len(encoder) // 2:]

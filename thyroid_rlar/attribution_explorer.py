@@ -36,6 +36,7 @@ from thyroid_rlar.attribution import (
     region_shares,
     risk_split,
     sanity_check,
+    untrained_weights,
 )
 from .explorers import CONTOURS, Explorer, as_open, beside, facts_html, nodule_facts
 from .figures import BLUE, GREY, TEMPLATE, as_text, outline, png_address
@@ -358,6 +359,7 @@ def ask(self: AttributionExplorer) -> None:
     jobs = [(name, partial(self.attributor, *what)) for name, what in missing.items()]
     key, job = self._detail_job()
     if key is not None and key not in self._details: jobs.append((DETAILS[self.state.detail], job))
+    if self.state.detail == "random": untrained_weights(self.run.net.settings, 0)       # here, and not in the thread: see there
     self._bar.layout.visibility, self._doing.value = "visible" if jobs else "hidden", ""
     if jobs: self.work("maps", self._compute(jobs), self._tell)
 

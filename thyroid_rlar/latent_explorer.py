@@ -35,7 +35,9 @@ from thyroid_rlar.latent_figures import (
     grade_bars,
     in_rows,
     map_figure,
+    near_words,
     plane_figure,
+    redraw_answers,
     redraw_cohort,
     redraw_plane,
     repaint,
@@ -174,16 +176,9 @@ def still_plane(self: LatentExplorer, points: int = 21) -> go.Figure:
     return plane_figure(self.run, found, s.seg, s.risk)
 
 @patch
-def _near_words(self: LatentExplorer, near: pd.DataFrame) -> list[str]:
-    "Of each neighbour: distance, grade, and whether it is of the same case."
-    grades = self.run.table.grade[near.row]
-    graded = [f", grade {g}" if isinstance(g, str) else "" for g in grades]
-    return [f"{d:.2f} sd{g}{', same case' if same else ''}" for d, g, same in zip(near.distance, graded, near.same_case)]
-
-@patch
 def _still_near(self: LatentExplorer) -> list[tuple[str, go.Figure]]:
     thumb = lambda row: picture(self.run.image(row), {}).update_layout(margin=dict(l=8, r=8, t=40, b=0))
-    said = zip(self.near().row, self._near_words(self.near()))
+    said = zip(self.near().row, near_words(self.run, self.near()))
     return [(f"near: {as_text(self.run.table.image_id[row])}<br>{words}", thumb(row)) for row, words in said]
 
 # %% ../nbs/82_latent_explorer.ipynb #529a4200
@@ -229,7 +224,15 @@ def _build_map(self: LatentExplorer) -> widgets.Widget:
 
 @patch
 def _lassoed(self: LatentExplorer, _, points, selector) -> None:
-    self.choose(picked=tuple(self.run.rows[k] for k in points.point_inds))
+    if selector is not None: self.choose(picked=tuple(self.run.rows[k] for k in points.point_inds))
+    else: self._highlight()                                # the page's answer to an outline that was dropped: it has forgotten the points, too
+
+@patch
+def _highlight(self: LatentExplorer) -> None:
+    "Set them apart from the others, even where plotly believes that they are."
+    rows, points = self.state.picked, self.map_fig.data[0]
+    points.selectedpoints = None
+    if rows: points.selectedpoints = self.run.table.index.get_indexer(list(rows))
 
 # %% ../nbs/82_latent_explorer.ipynb #f18c61a4
 @patch
@@ -309,7 +312,7 @@ def _show_map(self: LatentExplorer) -> None:
             trace.update(x=drawn.now.x.to_numpy()[k], y=drawn.now.y.to_numpy()[k])
         self.map_fig.layout.xaxis.title.text, self.map_fig.layout.yaxis.title.text = map(as_text, drawn.axes)
         self.map_fig.update_layout(xaxis_autorange=True, yaxis_autorange=True)
-    self.map_fig.drop_outline()                            # the lasso was drawn on the other map
+    self.map_fig.drop_outline()                            # the lasso was drawn on the other map; its points stay picked
     if not ready and not self.working("map"): self.work("map", self.make_map(), lambda done: done and self._show_map())
 
 @patch
@@ -324,7 +327,7 @@ def _show_nodule(self: LatentExplorer) -> None:
         for trace, at in zip(self.map_fig.data[2:], self.marks().values()): trace.update(x=xy.x.to_numpy()[at], y=xy.y.to_numpy()[at])
     redraw(self.nodule_fig, self.run.image(row), {"reader": self.run.contour(row), "start": self.run.predicted(row)})
     self.facts.value = facts_html(nodule_facts(self.run, row))
-    thumbs = "".join(thumbnail(self.run.image(r), text) for r, text in zip(near.row, self._near_words(near)))
+    thumbs = "".join(thumbnail(self.run.image(r), text) for r, text in zip(near.row, near_words(self.run, near)))
     self.thumbs.value = f"<div style='display:flex'>{thumbs}</div>"
     for button, name in zip(self.near_buttons, self.run.table.image_id[near.row]): button.description = str(name)
     self._hide_plane()
@@ -335,11 +338,8 @@ def _show_step(self: LatentExplorer, changed: set[str]) -> None:
     now = self.decoded()
     redraw(self.nodule_fig, None, {"model": self.stepped(now)})
     p_start, p_now, e_start, e_now = self.answers(now)
-    for fig, axis, (start, after) in ((self.grade_fig, "y", (p_start, p_now)), (self.evidence_fig, "x", (e_start, e_now))):
-        if fig is None: continue
-        with fig.batch_update():
-            if "row" in changed: fig.data[0][axis] = start
-            fig.data[1][axis] = after
+    redraw_answers(self.grade_fig, "y", p_start, p_now)
+    if self.evidence_fig is not None: redraw_answers(self.evidence_fig, "x", e_start, e_now)
     self.sentence.value = "<br>".join(escape(text) for text in (self.words(now), *self.notes()))
     if self.plane_fig is not None and changed & {"orthogonal", "where"}: self._hide_plane()
     elif self.plane_fig is not None:
@@ -384,8 +384,7 @@ def _hide_plane(self: LatentExplorer) -> None:
 def _show_cohort(self: LatentExplorer) -> None:
     rows = self.state.picked
     self.cohort_box.layout.display, self.cohort_box.children = ("", self.cohort_parts) if rows else ("none", [])
-    at = self.run.table.index.get_indexer(list(rows)) if rows else None
-    with self.map_fig.batch_update(): self.map_fig.data[0].selectedpoints = at
+    self._highlight()
     if not rows: return self.map_fig.drop_outline()
     with self.cohort_fig.batch_update(): redraw_cohort(self.cohort_fig, self.run, rows)
     self.cohort_list.value = facts_html(cohort_facts(self.run, rows)) + cohort_list(self.run, rows)

@@ -50,12 +50,12 @@ class OpenRun:
     nodules: pd.DataFrame = field(default_factory=pd.DataFrame)   # of nodules.parquet: watched images, epoch by epoch
     folder: Path | None = None   # None: a run that lives in memory only
 
-    def __post_init__(self): self._outputs = lru_cache(16)(self._output)
+    def __post_init__(self): self._outputs, self._weights = lru_cache(16)(self._output), tuple(self.net.parameters())
 
     @property
     def version(self) -> int:
         "A number that grows whenever the weights are changed in place, as by an optimizer."
-        return sum(p._version for p in self.net.parameters())
+        return sum(p._version for p in self._weights)
 
     @property
     def untrained(self) -> str:
