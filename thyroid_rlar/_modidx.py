@@ -542,6 +542,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/thyroid_rlar', 'doc_host':
                                     'thyroid_rlar.files.remove': ('files.html#remove', 'thyroid_rlar/files.py'),
                                     'thyroid_rlar.files.resolve': ('files.html#resolve', 'thyroid_rlar/files.py'),
                                     'thyroid_rlar.files.shared_data': ('files.html#shared_data', 'thyroid_rlar/files.py'),
+                                    'thyroid_rlar.files.while_unchanged': ('files.html#while_unchanged', 'thyroid_rlar/files.py'),
                                     'thyroid_rlar.files.write_text': ('files.html#write_text', 'thyroid_rlar/files.py'),
                                     'thyroid_rlar.files.write_whole': ('files.html#write_whole', 'thyroid_rlar/files.py')},
             'thyroid_rlar.folder': { 'thyroid_rlar.folder._check_head': ('folder.html#_check_head', 'thyroid_rlar/folder.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_TEXT', 'MAX_CELLS', 'MAX_LETTERS', 'DataError', 'project_root', 'resolve', 'shared_data', 'cache_folder',
-           'inside', 'fingerprint', 'digest', 'code_digest', 'write_whole', 'write_text', 'remove', 'hold', 'release',
-           'held', 'check_size', 'read_whole', 'read_json', 'read_parquet', 'no_formula']
+           'inside', 'fingerprint', 'while_unchanged', 'digest', 'code_digest', 'write_whole', 'write_text', 'remove',
+           'hold', 'release', 'held', 'check_size', 'read_whole', 'read_json', 'read_parquet', 'no_formula']
 
 # %% ../nbs/03_files.ipynb #003
 import errno
@@ -16,12 +16,13 @@ import os
 import re
 import shutil
 import socket
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from functools import cache, lru_cache
+from functools import cache, lru_cache, wraps
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TextIO
@@ -99,6 +100,19 @@ def fingerprint(data: bytes) -> str:
     "32 hex digits that tell these bytes from any other (BLAKE2b)."
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
+# %% ../nbs/03_files.ipynb #7dddaeb5
+def while_unchanged(read: Callable) -> Callable:
+    "`read(path)`, from this process's memory while the file at that path is as it was."
+    kept = lru_cache(100_000)(lambda path, state: read(path))
+    @wraps(read)
+    def ask(path: str | os.PathLike):
+        try: s = os.stat(path)
+        except (OSError, ValueError): return read(path)          # which says what is wrong with it
+        if time.time_ns() - max(s.st_ctime_ns, s.st_mtime_ns) < 2_000_000_000: return read(path)
+        return kept(os.path.abspath(path), (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
+    return ask
+
+@while_unchanged
 def digest(path: str | os.PathLike) -> str:
     "Fingerprint of a file's bytes, read a megabyte at a time."
     h = hashlib.blake2b(digest_size=16)

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from .files import DataError, check_size, digest
+from .files import DataError, check_size, digest, while_unchanged
 
 # %% ../nbs/04_images.ipynb #006
 MAX_PIXELS = 16_000_000 # of one image; the largest clinical ultrasound frame has about 2 million
@@ -167,6 +167,7 @@ def _is_coloured(im: Image.Image, colour_at: int = 16) -> bool:
     chroma = np.asarray(im if im.mode == "YCbCr" else im.convert("RGB").convert("YCbCr"))[..., 1:]
     return max(int(chroma.max()) - 128, 128 - int(chroma.min())) >= colour_at
 
+@while_unchanged
 def examine(path: str | os.PathLike) -> ImageFacts:
     "Facts of an image or DICOM file; DataError when it cannot be decoded in full."
     path = Path(path)
