@@ -150,7 +150,7 @@ def places(self: AngleExplorer, drawn: LatentMap) -> dict[str, tuple[np.ndarray,
     return {"nodules": pair(at), "its way here": pair(own), "chosen nodule": pair(own[-1:])}
 
 # %% ../nbs/84_angle_explorer.ipynb #1c888e4d
-_RUNS = (BLUE, ORANGE, GREEN, PURPLE, SKY, "#8C6D31")
+_RUNS = (BLUE, GREEN, PURPLE, ORANGE, SKY, "#8C6D31")           # far from the chosen nodule's first
 _TITLES = ("", "", "E solid, E0 dashed ({by})", "strength (|λ grad R| / |grad of the tasks|)",
            "gradient norm at z ({where}, loss / z): mask solid, grade dashed", "skip ratio (share of the gradient through z)")
 
