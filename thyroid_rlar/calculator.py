@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SINGLE', 'FOCI', 'Calculation', 'Way', 'ways', 'least_descriptions', 'calculation_of', 'advice_text',
-           'calculation_html', 'rule', 'calculator_html', 'Calculator']
+           'calculation_html', 'rule', 'calculator_html', 'cell_at_work', 'Calculator']
 
 # %% ../nbs/79_calculator.ipynb #e0db0f53
 import html
@@ -15,8 +15,10 @@ from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
 from itertools import groupby, product
+from typing import ClassVar
 
 import pandas as pd
+from IPython import get_ipython
 from IPython.display import HTML
 
 from .tirads import ACR, FNA_CM, FOLLOW_UP_CM, POINTS, Descriptors, Score, breakdown, level, points, score
@@ -170,8 +172,15 @@ def _widget_class() -> type:
     traits = {"_esm": _script(), "rule": Dict().tag(sync=True), "chosen": Dict().tag(sync=True)}
     return type("CalculatorWidget", (anywidget.AnyWidget,), traits)
 
+def cell_at_work() -> tuple[str | None, str]:
+    "JupyterLab's name of the cell that is at work (None elsewhere), and this execution's."
+    parent = getattr(get_ipython(), "get_parent", dict)()
+    return parent.get("metadata", {}).get("cellId"), parent.get("header", {}).get("msg_id", "")
+
 class Calculator:
     "The calculator in a notebook: `calculation` is what is chosen now, and can be set."
+    _shown: ClassVar[dict[str, tuple[str, "Calculator"]]] = {}     # by cell, with the execution that shows it
+
     def __init__(self, calculation: Calculation = Calculation()):
         self.widget = _widget_class()(rule=rule(), chosen=_chosen(calculation))
 
@@ -194,4 +203,10 @@ class Calculator:
         self.widget.unobserve_all()
         self.widget.close()
 
-    def _repr_mimebundle_(self, **options) -> dict: return self.widget._repr_mimebundle_(**options)
+    def _repr_mimebundle_(self, **options) -> dict:
+        cell, execution = cell_at_work()
+        if cell:
+            before, old = self._shown.get(cell, (execution, self))
+            if before != execution and old is not self: old.close()
+            self._shown[cell] = execution, self
+        return self.widget._repr_mimebundle_(**options)

@@ -26,10 +26,10 @@ import pandas as pd
 import plotly.graph_objects as go
 import traitlets
 from fastcore.basics import patch
-from IPython import get_ipython
 from IPython.display import display
 
 # %% ../nbs/80_explorers.ipynb #4672522a
+from .calculator import cell_at_work
 from .figures import GREEN, GREY, NOTICE, ORANGE, SKY, TEMPLATE, outline, png_address
 from .opened import OpenRun, open_run
 
@@ -305,11 +305,6 @@ def dress(self: Explorer, dark: bool) -> None:
     self._dark = dark
     for fig in self._figures: fig.layout.template = DARK if dark else TEMPLATE
 
-def _cell() -> tuple[str | None, str]:
-    "JupyterLab's name of the cell that is at work (None elsewhere), and this execution's."
-    parent = getattr(get_ipython(), "get_parent", dict)()
-    return parent.get("metadata", {}).get("cellId"), parent.get("header", {}).get("msg_id", "")
-
 @patch
 def _gives_way(self: Explorer, new: Explorer) -> bool:
     "Whether another one takes its place: its cell was run again; outside JupyterLab, the same run is shown the same way again."
@@ -319,7 +314,7 @@ def _gives_way(self: Explorer, new: Explorer) -> bool:
 
 @patch
 def _ipython_display_(self: Explorer) -> None:
-    self._place = _cell()
+    self._place = cell_at_work()
     for old in [e for e in Explorer._open if e is not self and e._gives_way(self)]: old.close()
     Explorer._open = [e for e in Explorer._open if e is not self] + [self]
     display(self.view)
