@@ -177,6 +177,7 @@ def cell_at_work() -> tuple[str | None, str]:
     parent = getattr(get_ipython(), "get_parent", dict)()
     return parent.get("metadata", {}).get("cellId"), parent.get("header", {}).get("msg_id", "")
 
+# %% ../nbs/79_calculator.ipynb #71b0ad72
 class Calculator:
     "The calculator in a notebook: `calculation` is what is chosen now, and can be set."
     _shown: ClassVar[dict[str, tuple[str, "Calculator"]]] = {}     # by cell, with the execution that shows it
