@@ -9,6 +9,7 @@ from lab import Lab, Notebook, explore_notebook, until
 from playwright.sync_api import Locator
 from test_runs import papermill
 
+from thyroid_rlar.latent_figures import paint
 from thyroid_rlar.opened import open_run
 from thyroid_rlar.parameters import check_parameters
 from thyroid_rlar.runs import load_data, make_trainer, open_source, run_folder
@@ -98,6 +99,16 @@ def test_sliders_move_mask_and_grade(opened):
     before = plots(box).nth(1).evaluate("(p, k) => JSON.stringify(p._fullData[k].x)", model[0])
     opened.drag("segmentation step", 0.95)
     until(lambda: plots(box).nth(1).evaluate("(p, k) => JSON.stringify(p._fullData[k].x)", model[0]) != before, "the mask moves", opened.page)
+
+
+def test_other_colours(opened, run_dir):
+    "Points and bar together."
+    run, drawing = open_run(run_dir, progress=False), plots(explorer(opened, 0)).first
+    shown = "p => [p._fullData[1].marker.colorbar.title.text, Array.from(p._fullData[0].marker.color)]"
+    for column, name in (("dice", "Dice"), ("angle", "task angle (degrees)"), ("group", "case"), ("grade_index", "grade, reader")):
+        opened.choose("colour", name)
+        until(lambda column=column: drawing.evaluate(shown)[1] == paint(run, column).colors, f"points coloured by {name}", opened.page)
+        assert column == "group" or drawing.evaluate(shown)[0] == name
 
 
 def test_a_lasso_gives_a_cohort(opened, lab):

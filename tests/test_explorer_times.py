@@ -111,8 +111,8 @@ def test_events_are_answered_in_time_with_5000_nodules(many):
 
 
 def slack() -> float:
-    "Other machines are slower, crowded ones much slower."
-    return 1.5 if os.getloadavg()[0] < os.cpu_count() else 4
+    "On a crowded machine a processor's second does less: memory and caches are shared."
+    return 1 if os.getloadavg()[0] < os.cpu_count() else 2
 
 
 def test_attributions_from_memory_are_shown_in_time(run):
@@ -179,13 +179,13 @@ def test_a_run_on_200_images_opens_in_ten_seconds_and_again_in_two(run, tmp_path
     show()
     shutil.rmtree(run.folder / "explore")
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         opened = show()
         e = LatentExplorer(opened, method="pca")
         assert e.view is not None and len(opened.table) == 192
-        took.append(time.perf_counter() - start)
+        took.append(time.process_time() - start)
         e.close()
-    print(f"\n{run.net.settings.network}: a run on 192 images opened in {took[0]:.1f} s, again in {min(took[1:]):.1f} s")
+    print(f"\n{run.net.settings.network}: a run on 192 images opened in {took[0]:.1f} s of processor, again in {min(took[1:]):.1f} s")
     assert took[0] < 10 * slack() and min(took[1:]) < 2 * slack()
 
 

@@ -181,7 +181,7 @@ class Attribution:
 def _integrate(readout: Readout, s: Subject, against: Tensor, m: Method, difference: float) -> tuple[Tensor, float, int]:
     "Map, convergence delta and the steps that it took; a part of the embedding promises no sum, so the given steps are taken."
     from captum.attr import IntegratedGradients
-    steps, enough = m.steps, max(m.tolerance * abs(difference), 1e-3)
+    steps, enough = m.steps, max(m.tolerance * abs(difference), 1e-4)
     while True:
         readout.expect(steps + 2)
         found, delta = IntegratedGradients(readout).attribute(s.image, against, n_steps=steps, method="riemann_middle", internal_batch_size=m.batch,

@@ -38,7 +38,7 @@ from thyroid_rlar.attribution import (
     sanity_check,
     untrained_weights,
 )
-from .explorers import CONTOURS, Explorer, as_open, beside, facts_html, nodule_facts
+from .explorers import CONTOURS, Explorer, as_open, beside, facts_html, nodule_facts, side_by_side
 from .figures import BLUE, GREY, TEMPLATE, as_text, outline, png_address
 from .opened import OpenRun
 
@@ -97,7 +97,7 @@ def frame(size: tuple[int, int], columns: int) -> go.Figure:
     tick = dict(symbol="line-ns", size=18, line=dict(width=3, color=GREY))
     fig.add_scatter(mode="markers", marker=tick, name="even spread", showlegend=False,
                     hovertemplate="an even spread: %{x:.1%}<extra></extra>", row=2, col=1)
-    title = dict(text="share of the attribution", font_size=12)
+    title = dict(text="share of the attribution<br>(grey mark: of an even spread)", font_size=12)
     fig.update_xaxes(title=title, tickformat=".0%", rangemode="tozero", row=2, col=1)
     fig.update_yaxes(autorange="reversed", row=2, col=1)
     fig.update_annotations(font_size=12, yanchor="bottom")
@@ -154,7 +154,8 @@ def fill_bars(fig: go.Figure, shares: pd.DataFrame | None, title: str) -> None:
     if shares is None:
         for trace in (bars, even): trace.update(x=[], y=[])
         return
-    bars.update(x=shares.share, y=shares.region, text=["" if d != d else f"{d:.1f} × even" for d in shares.density], textposition="auto")
+    text = ["" if d != d else f"{d:.1f} × even" for d in shares.density]
+    bars.update(x=shares.share, y=shares.region, text=text, textposition="auto", insidetextanchor="start")
     even.update(x=shares.even, y=shares.region)
 
 # %% ../nbs/86_attribution_explorer.ipynb #dd93fc15
@@ -295,7 +296,8 @@ def panels(self: AttributionExplorer) -> list[Panel]:
 
 def _title(name: str, a: Attribution) -> str:
     if a.delta != a.delta: return f"{name}<br> "
-    return f"{name}<br>convergence delta {f'{100 * abs(a.delta / a.difference):.2g} %' if a.difference else _number(a.delta)}"
+    few = f", {a.method.steps} steps" if a.method.name == "noise_tunnel" else ""       # its steps are not doubled until the sum is right
+    return f"{name}<br>convergence delta {f'{100 * abs(a.delta / a.difference):.2g} %' if a.difference else _number(a.delta)}{few}"
 
 @patch
 def fill(self: AttributionExplorer, fig: go.Figure) -> None:
@@ -328,7 +330,7 @@ def build(self: AttributionExplorer) -> widgets.Widget:
     self.fig, self.facts = self.figure(frame(self.run.image(self.state.row).shape, max(4, len(self.methods)))), widgets.HTML()
     for name in self._controls: self.observe(getattr(self, f"_{name}"), lambda value, name=name: self.choose(**{name: value}))
     choices, looks = (self.chooser(), self._target, self._method), (self._signed, self._detail, self._bar, self._doing)
-    return widgets.VBox([widgets.HBox(choices), widgets.HBox(looks), self.fig, self.facts])
+    return widgets.VBox([side_by_side(*choices), side_by_side(*looks), self.fig, self.facts])
 
 @patch
 def update(self: AttributionExplorer, changed: set[str]) -> None:

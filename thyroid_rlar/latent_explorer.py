@@ -317,7 +317,7 @@ def _show_map(self: LatentExplorer) -> None:
 
 @patch
 def _recolour(self: LatentExplorer) -> None:
-    with self.map_fig.batch_update(): repaint(self.map_fig, self.run, self.state.color)
+    repaint(self.map_fig, self.run, self.state.color)
 
 # %% ../nbs/82_latent_explorer.ipynb #9191cb95
 @patch
@@ -341,7 +341,7 @@ def _show_step(self: LatentExplorer, changed: set[str]) -> None:
     redraw_answers(self.grade_fig, "y", p_start, p_now)
     if self.evidence_fig is not None: redraw_answers(self.evidence_fig, "x", e_start, e_now)
     self.sentence.value = "<br>".join(escape(text) for text in (self.words(now), *self.notes()))
-    if self.plane_fig is not None and changed & {"orthogonal", "where"}: self._hide_plane()
+    if changed & {"orthogonal", "where"}: self._hide_plane()
     elif self.plane_fig is not None:
         with self.plane_fig.batch_update():
             for cross in self.plane_fig.select_traces({"name": "step"}): cross.update(x=[self.state.seg], y=[self.state.risk])

@@ -126,7 +126,8 @@ def map_figure(run: OpenRun, color: str, drawn: LatentMap, marks: dict[str, np.n
 def repaint(fig: go.Figure, run: OpenRun, color: str) -> None:
     "Colour a figure that `map_figure` has made by another column."
     p = paint(run, color)
-    fig.data[0].marker.color, fig.data[1].marker = p.colors, color_bar(p)
+    fig.data[0].marker.color = p.colors                    # two messages: in one, the page refuses marker.color beside marker
+    fig.data[1].marker = color_bar(p)
 
 # %% ../nbs/81_latent_figures.ipynb #6b33121e
 def cohort_table(run: OpenRun, rows: Sequence[int]) -> pd.DataFrame:
@@ -205,7 +206,7 @@ THUMB = 128                          # pixels, width of a small picture
 def thumbnail(image: np.ndarray, words: str) -> str:
     "A small picture of an image (h,w) uint8 over a line of text, as HTML."
     small = np.array(Image.fromarray(image).resize((THUMB, round(THUMB * image.shape[0] / image.shape[1]))))
-    return (f"<div style='width:{THUMB}px;margin-right:8px;font-size:12px;line-height:1.3;overflow:hidden;white-space:nowrap'>"
+    return (f"<div style='width:{THUMB}px;margin-right:8px;font-size:12px;line-height:1.3;overflow:hidden'>"
             f"<img src='{png_address(small)}' width={THUMB}><br>{escape(words)}</div>")
 
 def near_words(run: OpenRun, near: pd.DataFrame) -> list[str]:
@@ -273,13 +274,16 @@ def plane_figure(run: OpenRun, found: Plane, seg: float = 0.0, risk: float = 0.0
                         text=_graded(found, names),
                         hovertemplate="segmentation %{x:.2f}<br>risk %{y:.2f}<br>%{z:.3f}<br>predicted grade %{text}<extra></extra>")
         lines = dict(start=0.5, end=len(names) - 1.5, size=1, coloring="none")
-        fig.add_contour(x=found.steps, y=found.steps, z=as_cells(found.grade), contours=lines, line=dict(color="white", width=2), showscale=False,
-                        hoverinfo="skip", name="grade", row=1, col=k)
+        for color, width in (("black", 4), ("white", 1.5)):             # seen on dark and on light
+            fig.add_contour(x=found.steps, y=found.steps, z=as_cells(found.grade), contours=lines, line=dict(color=color, width=width),
+                            showscale=False, hoverinfo="skip", name="grade", row=1, col=k)
         fig.add_scatter(x=[seg], y=[risk], mode="markers", marker=dict(symbol="cross-thin", size=13, line=dict(width=3, color=VERMILLION)),
                         hoverinfo="skip", name="step", row=1, col=k)
     fig.update_xaxes(title_text="segmentation step / |z|", range=[-REACH, REACH])
     fig.update_yaxes(title_text="risk step / |z|", range=[-REACH, REACH], col=1)
-    return fig.update_layout(template=TEMPLATE, height=310, width=850, showlegend=False, margin=dict(l=60, r=20, t=40, b=50))
+    said = "Lines: where the predicted grade changes (hover for the grade). Cross: the chosen step."
+    fig.add_annotation(text=said, x=0, y=-0.32, xref="paper", yref="paper", xanchor="left", yanchor="bottom", showarrow=False, font_size=12)
+    return fig.update_layout(template=TEMPLATE, height=325, width=850, showlegend=False, margin=dict(l=60, r=20, t=40, b=75))
 
 def redraw_plane(fig: go.Figure, run: OpenRun, found: Plane) -> None:
     "Another state of the plane in a figure that `plane_figure` has made."

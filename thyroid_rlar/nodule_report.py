@@ -7,7 +7,7 @@ __all__ = ['UNITS', 'WAYS', 'QUANTILES', 'SHOWN', 'ANGLES', 'MARKS', 'LINES', 'P
            'evidence_of', 'NoduleReport', 'angle_of', 'size_mm', 'nodule_report', 'attributed', 'page_body', 'page']
 
 # %% ../nbs/88_nodule_report.ipynb #0cc3efcc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from html import escape
@@ -21,7 +21,7 @@ from skimage.measure import label, regionprops
 
 # %% ../nbs/88_nodule_report.ipynb #4c6ebddb
 from .attribution import METHODS, Method, Target, attribute, look
-from .attribution_explorer import colour_limit, overlay
+from .attribution_explorer import colour_limit, overlay, unit
 from .calculator import Calculation, calculation_html, calculation_of, calculator_html
 from .evaluation import probability_columns
 from .explorers import nodule_facts
@@ -127,10 +127,10 @@ ANGLES = {"cos_map": ("cosine, z as a map", ""), "cos_pooled": ("cosine, z poole
 def angle_of(run: OpenRun, row: int) -> pd.DataFrame:
     "How the two tasks meet at z, in eval mode: a row an entry of `ANGLES` with value, angle in degrees, percentile and n among the run's images."
     rows = []
-    for column, (name, unit) in ANGLES.items():
+    for column, (name, per) in ANGLES.items():
         value, among = run.table[column].loc[row], run.table[column].to_numpy(float)
         degrees = np.degrees(np.arccos(np.clip(value, -1, 1))) if column.startswith("cos") else np.nan
-        rows.append((column, name, unit.format(where=run.rlar.where), value, degrees, percentile(value, among), int(np.isfinite(among).sum())))
+        rows.append((column, name, per.format(where=run.rlar.where), value, degrees, percentile(value, among), int(np.isfinite(among).sum())))
     return pd.DataFrame(rows, columns=["column", "name", "unit", "value", "degrees", "percentile", "n"])
 
 def size_mm(mask: np.ndarray | None, spacing_mm: float) -> float | None:
@@ -163,7 +163,7 @@ def attributed(run: OpenRun, row: int, method: Method | None = None) -> dict[str
     asked = {"seg": ("the mask", Target("mask")), "risk": ("the next grade", Target("next"))}
     found = {what: attribute(run.net, subject, target, method) for task, (what, target) in asked.items() if task in run.tasks}
     delta = lambda a: f", convergence delta {100 * abs(a.delta / a.difference):.2g} %" if a.delta == a.delta and a.difference else ""
-    return {f"{METHODS[method.name]}, {what}{delta(a)}": a.map for what, a in found.items()}
+    return {f"{METHODS[method.name]}, {what} ({unit(a)}){delta(a)}": a.map for what, a in found.items()}
 
 # %% ../nbs/88_nodule_report.ipynb #3df9ae94
 MARKS = {"reader": (SKY, "reader's contour"), "contour": (ORANGE, "model's contour"), "model": (PURPLE, "model's prediction")}
@@ -195,17 +195,22 @@ def _inside(found: np.ndarray, mask: np.ndarray | None) -> str:
     return f"; {np.abs(found)[mask].sum() / total:.0%} of it within the reader's contour, which is {mask.mean():.0%} of the picture"
 
 def _pictures(r: NoduleReport) -> str:
-    "Image, image with contours, and attribution maps."
+    "The image, and the image with contours."
     size = r.image.shape
     both = {"reader": r.reader, "predicted": r.predicted}
     drawn = ["no reader's contour" if r.reader is None else "reader's contour solid blue",
              "model's dashed orange" if (r.predicted >= 0.5).any() else "the model finds no nodule"]
     grey = png_address(r.image)
-    parts = [_picture(grey, size, {}, f"as the network sees it, {size[1]} × {size[0]} pixels"), _picture(grey, size, both, ", ".join(drawn))]
-    parts += [_picture(png_address(overlay(r.image, found, colour_limit(found))), size, {"reader": r.reader},
-                       f"{name}: green for, magenta against{_inside(found, r.reader)}")
-              for name, found in r.attributions.items()]
-    return f'<div class="pictures">{"".join(parts)}</div>'
+    return _row([_picture(grey, size, {}, f"as the network sees it, {size[1]} × {size[0]} pixels"), _picture(grey, size, both, ", ".join(drawn))])
+
+def _row(pictures: Sequence[str]) -> str: return f'<div class="pictures">{"".join(pictures)}</div>'
+
+def _attributions(r: NoduleReport) -> str:
+    "The maps over the image, within the reader's contour."
+    parts = [_picture(png_address(overlay(r.image, found, limit := colour_limit(found))), r.image.shape, {"reader": r.reader},
+                      f"{name}: green for, magenta against, full from {limit:.2g} on{_inside(found, r.reader)}")
+             for name, found in r.attributions.items()]
+    return _row(parts)
 
 # %% ../nbs/88_nodule_report.ipynb #6bdc2a70
 def _interval(o: Ordinal, scale: Scale, width: int, top: int) -> str:
@@ -307,7 +312,8 @@ def page_body(r: NoduleReport, alone: bool = True) -> str:
     acr = calculator_html(r.calculation) if alone else calculation_html(r.calculation)
     scale = "" if r.scale.name == ACR.name else f" The grades of scale {escape(r.scale.name)} are never turned into ACR levels."
     flattered = "<p>The run was trained on this image, which flatters what it says here.</p>" if r.facts["part"] == "trained on" else ""
-    sections = (("Contours", _pictures(r)), ("What is known", f"{flattered}<table class='plain'>{facts}</table>"), ("Grade", _grades(r)),
+    maps = [("Attribution", _attributions(r))] if r.attributions else []
+    sections = (("Contours", _pictures(r)), *maps, ("What is known", f"{flattered}<table class='plain'>{facts}</table>"), ("Grade", _grades(r)),
                 ("Evidence", _evidence(r)), ("The two tasks", _angle(r)),
                 ("ACR calculator", f"<p>From descriptors that a reader gives, not from the model.{scale}</p>{acr}"))
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
