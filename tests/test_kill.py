@@ -8,13 +8,14 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from machine import DEVICE
+from machine import DEVICE, file_limit
 
 from thyroid_rlar.files import DataError, hold, release, resolve, write_text
 from thyroid_rlar.folder import read_folder
@@ -192,6 +193,15 @@ def test_a_lost_share_stops_the_run_and_nothing_is_written_beneath_it(disk, data
     with pytest.raises(TrainingStopped, match="expected its disk or network share back in place. The checkpoint of epoch 0 is kept"): run.fit()
     assert not list(place.iterdir())
     assert goes_on(trainer(elsewhere, data), whole)
+
+
+def test_a_file_that_may_not_be_written_stops_the_run_and_it_goes_on(tmp_path, data, whole):
+    "As on a full disk, but needs no rights: torch says as little of why."
+    run, limit = trainer(tmp_path, data), ExitStack()
+    run.callbacks = at_epoch(1, lambda t: limit.enter_context(file_limit(2**19)))
+    with limit, pytest.raises(TrainingStopped, match="found File too large, expected .*ulimit.* The checkpoint of epoch 0 is kept. Once"): run.fit()
+    assert not list(tmp_path.rglob(".part-*"))
+    assert goes_on(trainer(tmp_path, data), whole)
 
 
 def test_a_step_that_runs_out_of_memory_says_what_to_lower(tmp_path, data, whole):

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import socket
 import uuid
 import warnings
@@ -128,7 +127,8 @@ def _check_held(path: Path) -> None:
             raise DataError(folder / ".lock", "folder", "it removed, or another one in its place, while it was in use", "no other run in this folder")
 
 # %% ../nbs/03_files.ipynb #020
-_ADVICE = {errno.ENOSPC: "free space on this disk", errno.EDQUOT: "free space within your quota",
+_ADVICE = {errno.ENOSPC: "free space on this disk", errno.EDQUOT: "free space within your quota: remove files of yours here, or ask for more",
+           errno.EFBIG: "a disk and a limit (ulimit -f) that allow files of this size",
            errno.EROFS: "a folder that can be written", errno.EACCES: "permission to read and write here"}
 _ADVICE |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a folder")
 _ADVICE |= dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.ENXIO), "its disk or network share back in place")
@@ -148,7 +148,7 @@ def write_whole(
         os.replace(part, path)
         _sync_folder(path.parent)
     except BaseException as error:
-        number = _errno(error, path)                                   # before the part goes: it may be what fills the disk
+        number = _errno(error, part)                                   # before the part goes: it may be what fills the disk
         with suppress(OSError): part.unlink()
         if number is None: raise
         raise DataError(path, "writing", os.strerror(number), _ADVICE.get(number, "a file that can be written")) from error
@@ -167,10 +167,15 @@ def _number(error: BaseException | None) -> int | None:
     if isinstance(error, OSError) and error.errno: return error.errno
     return next((n for n in _ADVICE if os.strerror(n) in str(error)), None)
 
-def _errno(error: BaseException, path: Path) -> int | None:
-    "The same for one who writes: others (NumPy, torch) say only that less was written than asked."
+def _errno(error: BaseException, part: Path) -> int | None:
+    "The same for one who writes: others (NumPy, torch) say only that less was written than asked. Then the disk is asked: it refuses more."
     if (number := _number(error)) or not isinstance(error, (OSError, RuntimeError)): return number
-    with suppress(OSError): return errno.ENOSPC if shutil.disk_usage(path.parent).free < 2**16 else None
+    try:
+        with open(part, "ab") as file:
+            file.write(bytes(2**16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as refused: return refused.errno
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
     "Write a UTF-8 file whole or not at all."
