@@ -7,6 +7,7 @@ __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'MAX_RLE', 'MAX_SCANS', 'MAX_PARTS', 'FORM
            'ImageFacts', 'examine', 'binarise', 'read_mask', 'fill_contours']
 
 # %% ../nbs/04_images.ipynb #003
+import io
 import mmap
 import os
 import warnings
@@ -45,6 +46,7 @@ def _reading(path: Path) -> Iterator[None]:
     except DataError: raise
     except Image.DecompressionBombError as e:
         raise DataError(path, "size (H, W)", f"more than {2 * MAX_PIXELS:,} pixels", f"1 to {MAX_PIXELS:,}") from e
+    except MemoryError as e: raise MemoryError(f"{path}: {e}") from e       # the image may be a good one
     # decoders raise nearly every type there is on broken bytes
     except Exception as e:
         raise DataError(path, "content", f"{type(e).__name__} ({e})", f"a whole image ({', '.join(FORMATS)} or DICOM)") from e
@@ -100,18 +102,29 @@ def _items(file: BinaryIO) -> int:
         return data[:min(ends, default=len(data))].count(b"\xfe\xff\x00\xe0")
 
 # %% ../nbs/04_images.ipynb #009
+class _Bounded(io.BufferedReader):
+    "A file that gives no more than it has: a length in a damaged head would be allocated before anything is read."
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+        self.size = os.path.getsize(path)
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(size if size is None or size < 0 else min(size, max(0, self.size - self.tell())))
+
 def dicom_head(path: Path, *names: str):
     "These elements of a DICOM file, as a pydicom data set. DataError for one that may unfold; pydicom's own errors for others that are broken."
     from pydicom import dcmread
-    from pydicom.filereader import read_file_meta_info
+    from pydicom.filereader import _read_file_meta_info, read_preamble  # the public one opens the file by itself
     from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit, JPEGExtended12Bit, RLELossless
-    syntax = read_file_meta_info(path).get("TransferSyntaxUID")
+    with _Bounded(path) as file:
+        read_preamble(file, False)
+        syntax = _read_file_meta_info(file).get("TransferSyntaxUID")
     if syntax == DeflatedExplicitVRLittleEndian: raise DataError(path, "TransferSyntaxUID", syntax.name, "another one")
     if syntax == RLELossless: check_size(path, MAX_RLE)
     if syntax in (JPEGBaseline8Bit, JPEGExtended12Bit): _check_scans(path)
     with open(path, "rb") as file:
         if (items := _items(file)) > MAX_PARTS: raise DataError(path, "sequences", f"{items:,} items", f"at most {MAX_PARTS:,}")
-    return dcmread(path, stop_before_pixels=True, specific_tags=list(names))
+    with _Bounded(path) as file: return dcmread(file, stop_before_pixels=True, specific_tags=list(names))
 
 def _dicom_frame(path: Path) -> np.ndarray:
     "The (first) frame of a DICOM file: grey (H, W), bright where the tissue echoes, or RGB (H, W, 3)."
@@ -120,7 +133,7 @@ def _dicom_frame(path: Path) -> np.ndarray:
     kind = head.PhotometricInterpretation
     _check_size(path, (head.Rows, head.Columns))
     if kind == "PALETTE COLOR": raise DataError(path, "PhotometricInterpretation", kind, "MONOCHROME1, MONOCHROME2, RGB or YBR")
-    frame = pixel_array(path, index=0)      # pydicom turns YBR into RGB by itself
+    with _Bounded(path) as file: frame = pixel_array(file, index=0)      # pydicom turns YBR into RGB by itself
     if frame.ndim == 3 and frame.dtype != np.uint8: raise DataError(path, "BitsAllocated", frame.dtype, "8 bits a colour")
     return frame.max() - frame if kind == "MONOCHROME1" else frame
 

@@ -20,7 +20,7 @@ import torch
 
 # %% ../nbs/64_predictions.ipynb #005
 from .evaluation import SEGMENTATION, evaluate, median_grade, per_image_segmentation, probability_columns
-from .files import DataError, digest, inside, read_parquet, resolve
+from .files import DataError, digest, inside, read_run_table, resolve
 from .intervals import bootstrap, ratio
 from .loader import NoduleData, eval_loader, prepare
 from .network import MultitaskNet, load_model
@@ -163,7 +163,9 @@ def load_run(folder: str | Path) -> TrainedRun:
     "A run folder's network, model.json and parameters. Raises FileNotFoundError or DataError naming what is missing or damaged."
     net, info = load_model(folder)
     check_info(Path(folder) / "model.json", info)
-    split = read_parquet(Path(folder) / "split.parquet", "image_id", "case_id", "group", "split", "digest")
+    split = read_run_table(path := Path(folder) / "split.parquet", "image_id", "case_id", "group", "split", "digest")
+    if unknown := sorted(set(split.split) - {"train", "val", "test", ""}):
+        raise DataError(path, "column split", f"{unknown[0]!r:.60}", "train, val, test or nothing")
     return TrainedRun(net, info, recorded_settings(folder), split)
 
 # %% ../nbs/64_predictions.ipynb #018

@@ -35,7 +35,7 @@ from thyroid_rlar.files import (
     hold,
     inside,
     read_json,
-    read_parquet,
+    read_run_table,
     remove,
     resolve,
     write_text,
@@ -225,7 +225,7 @@ def split_table(run: RunData) -> pd.DataFrame:
 def check_split(split: pd.DataFrame, folder: Path) -> None:
     "Raise ParameterError when images, labels, cases or parts of a `split_table` differ from those that the run in the folder trained on."
     path = folder / "split.parquet"
-    before = read_parquet(path)
+    before = read_run_table(path)
     if "labels" not in before: split = split.drop(columns="labels")      # a run of before they were kept
     if split.astype(str).equals(before.astype(str)): return      # a file does not keep every type of column
     raise ParameterError(f"the images, their labels, cases or split are not those of {path}, so the weights may have seen what is to be reported; "
