@@ -404,6 +404,13 @@ def test_image_numbers_of_any_kind(tmp_path, number):
     assert len(m) == 1 and m.scale == DDTI
 
 
+def test_only_a_benchmark_of_speed_trains_without_the_guard_against_leaks():
+    "Whatever reports a result gets its trainer from `make_trainer`, which asks for leaks first."
+    makers = {path.stem for path in PACKAGE for name, _ in calls(ast.parse(path.read_text(encoding="utf-8"))) if name == "Trainer"}
+    notebooks = {path.stem for path in (ROOT / "nbs/runs").glob("*.ipynb") if "Trainer(" in path.read_text(encoding="utf-8")}
+    assert makers == {"runs", "speed"} and not notebooks
+
+
 # ---- the notebook -----------------------------------------------------------------------------------------------------
 
 ATTACKS = ("entity bomb", "pixel bomb", "path traversal", "symbolic link out of the folder", "pickle in a checkpoint's place", "HTML in a case id",
@@ -445,6 +452,14 @@ def test_a_strangers_run_does_not_say_where_phantoms_are_drawn(tmp_path, monkeyp
     for settings in (ours, replace(ours, source="phantom", data_dir=str(tmp_path / "mine"))):
         with pytest.raises(ParameterError, match="enough"): predictions.open_evaluation(settings, trained)
     assert asked == [None, str(tmp_path / "mine")]
+
+
+def test_a_strangers_run_cannot_ask_for_a_million_phantoms(tmp_path):
+    for number, ok in ((10_000, True), (10_001, False), (1_000_000, False)):
+        (tmp_path / "params.json").write_text(json.dumps({"parameters": {"phantom_images": number}}))
+        if ok: assert recorded_settings(tmp_path).phantom_images == number
+        else:
+            with pytest.raises(ParameterError, match=f"params.json.*phantom_images: found {number}, expected 20 to 10000"): recorded_settings(tmp_path)
 
 
 def test_a_table_of_other_columns_than_ours_is_refused(tmp_path):

@@ -28,7 +28,7 @@ from .objectives import TASKS
 from .parameters import CHOICES, ParameterError, RunSettings, read_size, typed_parameters
 from .radiomics import NAMES, EvidenceScaler, measure_manifest
 from .records import Manifest
-from .runs import open_source, recorded_settings
+from .runs import open_source, preparing, recorded_settings
 from .tirads import SCALES
 
 # %% ../nbs/64_predictions.ipynb #008
@@ -201,9 +201,11 @@ def open_evaluation(e: EvaluationSettings, trained: TrainedRun, progress: bool =
     manifest = open_source(target, progress)
     if manifest.scale.name != info["scale"] and "seg" not in info["tasks"]:
         raise ParameterError(f"source: grades on scale {manifest.scale.name!r}, the model was trained on {info['scale']!r}; scales are never mapped")
-    fresh = unseen(manifest, trained.split)
+    with preparing(manifest.root): fresh = unseen(manifest, trained.split)
     rows = np.arange(len(manifest)) if e.part == "all" else np.flatnonzero(fresh)
     if not len(rows): raise ParameterError("part: the run was trained on all of these images or their cases; expected another source, or part all")
-    prepared = prepare(manifest, tuple(info["image_size"]), progress=progress)
-    evidence = EvidenceScaler.from_dict(info["scaler"]).transform(measure_manifest(manifest, progress=progress)[info["evidence"]].to_numpy(float))
+    with preparing(manifest.root):
+        prepared = prepare(manifest, tuple(info["image_size"]), progress=progress)
+        measured = measure_manifest(manifest, progress=progress)
+    evidence = EvidenceScaler.from_dict(info["scaler"]).transform(measured[info["evidence"]].to_numpy(float))
     return NoduleData(prepared, evidence), rows, _describe(e.part, fresh) + _scale_note(manifest.scale.name, info)
