@@ -63,6 +63,9 @@ def _run_tables(folders: Sequence[str | Path], name: str, *columns: str) -> list
 def read_runs(*folders: str | Path) -> pd.DataFrame:
     "Predictions of all finished runs below the folders, with columns method, objective, network, scale, fold, run. ValueError for two scales."
     runs = pd.concat(_run_tables(folders, "predictions.parquet", "image_id", "case_id", "group", "grade_index"), ignore_index=True)
+    items = [f"{kind}_{item}" for kind in ("measured", "predicted") for item in NAMES]
+    if 0 < len(absent := [name for name in items if name not in runs]) < len(items):
+        raise DataError(folders[0], "evidence", f"no column {', '.join(absent[:5])}", "all items, measured and predicted, or none")
     if runs.scale.nunique() > 1: raise ValueError(f"{folders}: runs on the scales {', '.join(runs.scale.unique())}; expected one")
     return runs.assign(method=method_names(runs))
 
@@ -195,7 +198,10 @@ def fresh_head_angles(run_dir: str | Path, progress: bool = True) -> pd.DataFram
 # %% ../nbs/68_compare.ipynb #fd000009
 def with_fresh_heads(runs: pd.DataFrame) -> pd.DataFrame:
     "`runs` with a column excess_fresh: E of each held-out image under a fresh risk head on its run's frozen encoder (about half a minute a run)."
-    fresh = pd.concat([fresh_head_angles(run).assign(run=run) for run in runs.run.unique()])
+    fresh = pd.concat([fresh_head_angles(run).assign(run=run) for run in runs.run.unique()], ignore_index=True)
+    for name, table in (("predictions", runs), ("fresh_head", fresh)):
+        for twice in table[table.duplicated(["image_id", "run"])].itertuples():
+            raise DataError(Path(twice.run) / f"{name}.parquet", "image_id", f"{twice.image_id!r:.60} twice", "each image once")
     fresh = fresh[["image_id", "run", "excess"]].rename(columns={"excess": "excess_fresh"})
     return runs.merge(fresh, on=["image_id", "run"], how="left", validate="one_to_one")
 
