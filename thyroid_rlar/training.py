@@ -360,9 +360,9 @@ def checked_steps(t: Trainer) -> pd.DataFrame:
     def check():
         check_finite(steps, t, t.accelerator.scaler is not None)
         check_exploded(steps, first[first.kind == "step"] if t.log.history else steps, t)
+        if not all(w.isfinite().all() for w in t.average.net.state_dict().values()):
+            raise TrainingStopped(f"epoch {t.epoch}: the weights are no longer finite after step {len(steps) - 1}. {t.kept}")
     stop_together(check, t.accelerator)
-    if not all(w.isfinite().all() for w in t.average.net.state_dict().values()):
-        raise TrainingStopped(f"epoch {t.epoch}: the weights are no longer finite after step {len(steps) - 1}. {t.kept}")
     return steps
 
 # %% ../nbs/50_training.ipynb #031
