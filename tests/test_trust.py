@@ -98,6 +98,30 @@ def tiff(shape, tile, n=1):
     return head.ljust(150, b"\0") + struct.pack(f"<{n}I", *[at] * n) + struct.pack(f"<{n}I", *[len(data)] * n) + data
 
 
+def tagged(order, values, shared, kind=1, size=1):
+    "A TIFF of 16 x 16 pixels with so many values more, which share so many bytes; `size` of each number."
+    tags = [(256, 4, 1, 16), (257, 4, 1, 16), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8), (277, 3, 1, 1), (278, 4, 1, 16),
+            (279, 4, 1, 256), *((40_000 + k, kind, shared // size, 8) for k in range(values))]
+    entry = lambda tag, kind, n, value: struct.pack(f"{order}HHI", tag, kind, n) + (
+        struct.pack(f"{order}HH", value, 0) if kind == 3 and n == 1 else struct.pack(f"{order}I", value))
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + max(shared, 256))
+    return head + bytes(max(shared, 256)) + struct.pack(f"{order}H", len(tags)) + b"".join(entry(*tag) for tag in tags) + bytes(4)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_tiff_values_that_share_their_bytes_are_refused(tmp_path, order):
+    "Pillow before 13 keeps a copy of each: two megabytes would take gigabytes."
+    path = tmp_path / "a.tif"
+    path.write_bytes(tagged(order, 3, 1000))
+    assert read_gray(path).shape == examine(path).shape == (16, 16)
+    for values, shared, kind, size in ((1000, 2_000_000, 1, 1), (1000, 2_000_000, 12, 8), (1, 10_000_000, 2, 1)):
+        path.write_bytes(tagged(order, values, shared, kind, size))
+        for look in (examine, read_gray):
+            with Cost(), pytest.raises(DataError, match="tags: found .* bytes, expected at most 8,000,000"): look(path)
+    path.write_bytes(b"II+\0\x08\0\0\0\x10\0\0\0\0\0\0\0" + bytes(100))
+    with pytest.raises(DataError, match="BigTIFF"): read_gray(path)
+
+
 def dicom(syntax, pixels, shape=(40, 60)):
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = UltrasoundImageStorage, "1.2.3", syntax

@@ -578,6 +578,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/thyroid_rlar', 'doc_host':
                                      'thyroid_rlar.images._open': ('images.html#_open', 'thyroid_rlar/images.py'),
                                      'thyroid_rlar.images._parts': ('images.html#_parts', 'thyroid_rlar/images.py'),
                                      'thyroid_rlar.images._reading': ('images.html#_reading', 'thyroid_rlar/images.py'),
+                                     'thyroid_rlar.images._tag_bytes': ('images.html#_tag_bytes', 'thyroid_rlar/images.py'),
                                      'thyroid_rlar.images._winds_around': ('images.html#_winds_around', 'thyroid_rlar/images.py'),
                                      'thyroid_rlar.images.binarise': ('images.html#binarise', 'thyroid_rlar/images.py'),
                                      'thyroid_rlar.images.dicom_head': ('images.html#dicom_head', 'thyroid_rlar/images.py'),
