@@ -152,6 +152,7 @@ def _table_key(folder: Path, data: NoduleData, rows: Sequence[int]) -> str:
     labels = fingerprint(repr((data.prepared.manifest.rows.to_dict("list"), data.evidence.tobytes())).encode())
     return fingerprint(repr((files, images, labels, list(rows), code_digest("opened", "instruments", "rlar", "network", "objectives"))).encode())[:16]
 
+# %% ../nbs/78_opened.ipynb #100394bc
 _IDS = ["image_id", "case_id", "group", "grade", "grade_index"]
 _MEASURED = ["loss_seg", "loss_risk", "loss_evidence", "dice", "through_z", "cos_map", "norm_seg", "norm_risk", "excess", "excess_shuffled",
              "cos_seg_evidence", "cos_risk_evidence", "norm_evidence", "cos_pooled", "angle"]
