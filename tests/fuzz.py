@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -27,6 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -35,10 +37,26 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from thyroid_rlar import benchmark, dial, folder, interference, latent, loader, network, opened, parameters, predictions, radiomics, readers, runs
+from thyroid_rlar import (
+    benchmark,
+    compare,
+    dial,
+    folder,
+    interference,
+    latent,
+    loader,
+    network,
+    opened,
+    parameters,
+    predictions,
+    radiomics,
+    readers,
+    runs,
+)
 from thyroid_rlar.calculator import calculation_html, calculation_of
 from thyroid_rlar.ddti import FLAGS, clean_regions, read_case, read_ddti, read_regions
-from thyroid_rlar.files import DataError, read_json, read_parquet, read_whole, write_text
+from thyroid_rlar.evaluation import SEGMENTATION
+from thyroid_rlar.files import WORDS, DataError, read_json, read_parquet, read_whole, write_text
 from thyroid_rlar.images import examine, fill_contours, read_gray, read_mask
 from thyroid_rlar.latent_figures import as_csv
 from thyroid_rlar.parameters import ParameterError, RunSettings
@@ -424,6 +442,91 @@ def read_tables(data: bytes) -> None:
     assert {"kind", "split"} <= set(read_parquet(path, "kind", "split").columns)
 
 
+def put_columns(name: str, columns: object) -> None:
+    "A table from its columns; nothing where there can be no such file."
+    with suppress(Exception): put(name, as_bytes(pd.DataFrame({k: pd.Series(v) for k, v in columns.items()}).to_parquet))
+
+
+def put_tables(folder: str, data: bytes) -> None:
+    "A run's tables with odd values in whole files; the good ones where there can be no such file."
+    for name, columns in RUN_TABLES.items(): put(f"{folder}/{name}.parquet", as_bytes(pd.DataFrame(columns).to_parquet))
+    for name, columns in found.items() if isinstance(found := json.loads(data), dict) else ():
+        if name in RUN_TABLES: put_columns(f"{folder}/{name}.parquet", columns)
+
+
+PARTS = ["train", "val", "test"]
+RUN_TABLES = {
+    "split": {"image_id": ["1_1", "1_2", "2_1"], "case_id": ["1", "1", "2"], "group": ["1", "1", "2"], "split": PARTS, "digest": ["a", "b", "c"],
+              "labels": ["d", "e", "f"]},
+    "history": {"kind": ["step", "epoch", "epoch"], "split": ["train", "train", "val"], "epoch": [0, 0, 0], "loss_seg": [1.0, 0.9, 1.1],
+                "excess": [math.nan, 0.1, 0.2], "excess_shuffled": [math.nan, 0.0, 0.1], "strength": [math.nan, math.nan, 0.1],
+                "rlar_weight": [1.0, math.nan, 1.0], "cos_pooled_std": [math.nan, 0.1, 0.2], "dice": [math.nan, 0.5, 0.6]},
+    "predictions": {"image_id": ["1_1", "1_2", "2_1"], "case_id": ["1", "1", "2"], "group": ["1", "1", "2"], "split": ["test"] * 3,
+                    "grade": ["2", None, "5"], "grade_index": [0.0, math.nan, 5.0], **{f"p_{g}": [1 / 6] * 3 for g in DDTI.grades},
+                    "predicted_index": [2, 2, 3], **{k: [0.5, 0.6, math.nan] for k in SEGMENTATION}, "excess": [0.1, 0.2, 0.3],
+                    "excess_shuffled": [0.1] * 3, **{f"{kind}_{item}": [0.5, math.nan, 1.0] for kind in ("measured", "predicted") for item in NAMES}},
+    "fresh_head": {"image_id": ["1_1", "1_2", "2_1"], "group": ["1", "1", "2"], "excess": [0.1, 0.2, 0.3]},
+}
+
+
+def run_tables(*names: str) -> list[bytes]: return [json.dumps({name: RUN_TABLES[name] for name in names}).encode()]
+
+
+def trained_folder() -> Path:
+    "A run's folder whose model is never built: that is another reader's."
+    if not (WORK / "trained/model.json").exists():
+        put("trained/model.json", json.dumps({"scale": "ddti"}).encode())
+        put("trained/params.json", json.dumps({"parameters": PARAMETERS}).encode())
+        predictions.load_model = lambda _: (None, json.loads(model_json()[0]))
+        for name in ("1_1.jpg", "1_2.jpg"): put(name, as_bytes(lambda f: Image.effect_noise((60, 45), 40).save(f, "JPEG")))
+    return WORK / "trained"
+
+
+def read_split(data: bytes | None) -> None:
+    "split.parquet as an evaluation, an explorer, and a run that goes on read it."
+    run, m = trained_folder(), good_manifest()
+    if data is not None: put("trained/split.parquet", data)
+    trained = predictions.load_run(run)
+    assert predictions.unseen(m, trained.split).dtype == bool
+    assert set(opened._split_of(SimpleNamespace(prepared=SimpleNamespace(manifest=m)), trained)) <= {*PARTS, "", "new"}
+    runs.check_split(pd.DataFrame(RUN_TABLES["split"]), run)
+
+
+def read_split_values(data: bytes) -> None:
+    trained_folder(), put_tables("trained", data), read_split(None)
+
+
+INFO = {"tasks": ["seg", "risk", "evidence"], "evidence": list(NAMES)}
+KEPT = {name: ["x", "y"] if name in WORDS else [0.5, 1.0] for name in opened._columns(INFO, DDTI, 3)} | {"predicted": ["2", "4a"]}
+
+
+def read_kept(data: bytes | None) -> None:
+    "The table that explorers keep: what cannot be one is made anew, so that it always ends in a table."
+    images = good_manifest().rows
+    made = pd.DataFrame({k: v for k, v in KEPT.items() if not k.startswith("z")}).assign(**images[opened._IDS])
+    if data is not None: put("kept/images.parquet", data)
+    table, z = opened._kept(WORK / "kept/images.parquet", lambda: (made, np.zeros((2, 3), np.float32)), images, list(KEPT), DDTI)
+    assert {name for name in KEPT if not name.startswith("z")} <= {*table} and z.shape == (2, 3) and np.isfinite(z).all()
+    assert opened.most_telling(table).row.isin([0, 1]).all() and table.image_id.tolist() == images.image_id.tolist()
+
+
+def read_kept_values(data: bytes) -> None: put_columns("kept/images.parquet", json.loads(data)), read_kept(None)
+
+
+def read_compared(data: bytes) -> None:
+    "A run's tables as compare.ipynb reads them; its own ValueErrors and the lack of a run are sentences, too."
+    run = trained_folder()
+    put_tables("trained", data)
+    try:
+        table = compare.with_fresh_heads(compare.read_runs(run))
+        if len(table) and not zlib.crc32(data) % 8: compare.guidance(table, table.method[0])         # takes as long as all others
+        compare.pooled(table, DDTI)
+        compare.course(run), compare.keep_run(run, WORK / "copy")
+    except (FileNotFoundError, ValueError) as error:
+        if isinstance(error, OWN) or not re.match(r"predictions: |.*expected one|.*no finished runs", str(error)): raise
+        raise DataError(run, "tables", error, "those of a run") from error
+
+
 def indices() -> list[bytes]:
     return [json.dumps([{"has_mask": True, "flags": ["two_panes"], "shape": [40, 60], "box": [0, 0, 40, 60], "inner": [1, 2, 30, 40]}] * 2).encode()]
 
@@ -445,7 +548,7 @@ CODES = (b"Case ID,Nodule Number,Size (cm),a Composition,a Echogenicity,a Shape,
          b"1,1,1.5,2,1,0,0,1,0,0,0,0,3,3,0\n2,1,0.7,2,2,3,2,0,0,1,0,1,9,5,1\n")
 
 READERS = {
-    "svg": Reader(lambda: [s.encode() for s in SVG], read_svg, 180),
+    "svg": Reader(lambda: [s.encode() for s in SVG], read_svg, 171),
     "regions": Reader(lambda: [s.encode() for s in SVG], read_svg, 50, True),
     "xml": Reader(lambda: [x.encode() for x in XML], read_xml, 90),
     "ddti": Reader(ddti_folders, read_ddti_folder, 20, True),
@@ -465,6 +568,11 @@ READERS = {
     "index_values": Reader(indices, read_index, 40, True),
     "confusion": Reader(lambda: [*confusion_table(), CODES], read_confusion, 2),
     "tables": Reader(tables, read_tables, 2),
+    "split": Reader(lambda: [as_bytes(pd.DataFrame(RUN_TABLES["split"]).to_parquet)], read_split, 2),
+    "split_values": Reader(lambda: run_tables("split"), read_split_values, 2, True),
+    "kept": Reader(lambda: [as_bytes(pd.DataFrame(KEPT).to_parquet)], read_kept, 2),
+    "kept_values": Reader(lambda: [json.dumps(KEPT).encode()], read_kept_values, 2, True),
+    "compared": Reader(lambda: run_tables("predictions", "history", "fresh_head"), read_compared, 1, True),
     "manifest": Reader(manifests, read_manifest, 3),
     "rows": Reader(manifest_parts, read_rows, 2, True),
 }
@@ -486,18 +594,46 @@ def bounded(megabytes: int = 2 * MEGABYTES) -> Iterator[None]:
         signal.signal(signal.SIGPROF, old)
 
 
-def megabytes() -> float: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def megabytes() -> float:
+    "Memory of this process now."
+    return int(Path("/proc/self/statm").read_bytes().split()[1]) * resource.getpagesize() / 2**20
 
 
-def attempt(read: Callable[[bytes], None], data: bytes) -> tuple[str, float, BaseException | None]:
-    "How it ended (record, own or crash), seconds of CPU time, and what was raised that should not be."
+@contextmanager
+def peak() -> Iterator[Callable[[], float]]:
+    """By how many MB the memory was at most larger than at the beginning. The system's own high-water mark is set back to do that: that of
+    getrusage is as old as the process, or as its parent, so that whatever stays below an earlier peak would not be seen."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = megabytes()
+    yield lambda: int(re.search(rb"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_bytes())[1]) / 1024 - before
+
+
+STARVED = re.compile("allocate|bad_alloc|out of memory|malloc of size|while allocating", re.IGNORECASE)
+REFUSED = ("a head that tells of more values than there are",)         # by latent._arrays: NumPy asks for them before it reads
+
+
+def starved(error: BaseException | None) -> BaseException | None:
+    "The lack of memory behind one of our own errors, which is a finding, too; None where there is none, or the reader has met it on purpose."
+    chain = []
+    while error is not None and error not in chain:
+        if any(words in str(error) for words in REFUSED): return None
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return next((e for e in chain if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and STARVED.search(str(e))), None)
+
+
+def attempt(read: Callable[[bytes], None], data: bytes) -> tuple[str, float, float, BaseException | None]:
+    "How it ended (record, own or crash), seconds of CPU time, MB of memory, and what was raised that should not be."
     start, error, how = time.process_time(), None, "record"
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    try: read(data)
-    except OWN: how = "own"
-    except (Exception, Slow) as e: how, error = "crash", e
-    finally: signal.setitimer(signal.ITIMER_PROF, 0)
-    return how, time.process_time() - start, error
+    with peak() as grown:
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        try: read(data)
+        except OWN as e: how, error = "own", starved(e)
+        except (Exception, Slow) as e: how, error = "crash", e
+        finally: signal.setitimer(signal.ITIMER_PROF, 0)
+        seconds, memory = time.process_time() - start, grown()
+    if error is None and memory > MEGABYTES: error = MemoryError(f"{memory:.0f} MB")
+    return how if error is None else "crash", seconds, memory, error
 
 
 def where(error: BaseException) -> str:
@@ -526,13 +662,14 @@ def try_some(name: str, data: Iterator[bytes], n: int, seen: set[str]) -> dict[s
         warnings.simplefilter("ignore")
         for _ in range(n):
             put("last", one := next(data))                  # should it end the process
-            how, seconds, error = attempt(READERS[name].read, one)
+            how, seconds, memory, error = attempt(READERS[name].read, one)
             got["inputs"] += 1
             got[how] += 1
-            got["slowest_s"] = max(got["slowest_s"], seconds)
+            got |= {"slowest_s": max(got["slowest_s"], seconds), "memory_mb": max(got["memory_mb"], memory)}
             if error is not None: keep(name, one, error, seen)
-            if megabytes() - before > MEGABYTES: keep(name, one, MemoryError(f"{megabytes() - before:.0f} MB"), seen)
-    return got | {"memory_mb": megabytes() - before, "seconds": time.perf_counter() - start}
+    kept = megabytes() - before                             # by all together
+    if kept > MEGABYTES: keep(name, one, MemoryError(f"{kept:.0f} MB are not given back"), seen)
+    return got | {"memory_mb": max(got["memory_mb"], kept), "seconds": time.perf_counter() - start}
 
 
 def merged(old: dict, new: dict) -> dict:
@@ -577,18 +714,18 @@ def guided(results: Path, name: str, n: int) -> None:
     if READERS[name].structured: raise SystemExit(f"{name}: takes values, not bytes; expected another reader with --atheris")
     atheris = importlib.import_module("atheris")
     seen, got = set(), dict(inputs=0, record=0, own=0, crash=0, slowest_s=0.0, memory_mb=0.0, seconds=0.0)
-    corpus, before, start = WORK / "corpus", megabytes(), time.perf_counter()
+    corpus, start = WORK / "corpus", time.perf_counter()
     corpus.mkdir()
     for k, seed in enumerate(READERS[name].seeds()): (corpus / str(k)).write_bytes(seed)
     warnings.simplefilter("ignore")
 
     def one(data: bytes) -> None:
-        how, seconds, error = attempt(READERS[name].read, data)
+        how, seconds, memory, error = attempt(READERS[name].read, data)
         got["inputs"] += 1
         got[how] += 1
-        got["slowest_s"] = max(got["slowest_s"], seconds)
+        got.update(slowest_s=max(got["slowest_s"], seconds), memory_mb=max(got["memory_mb"], memory))
         if error is not None: keep(name, data, error, seen)
-        if got["inputs"] == n: store(results, name, got | {"memory_mb": megabytes() - before, "seconds": time.perf_counter() - start})
+        if got["inputs"] == n: store(results, name, got | {"seconds": time.perf_counter() - start})
 
     for module in (folder, runs, sys.modules["thyroid_rlar.ddti"], sys.modules["thyroid_rlar.images"]):
         for value in list(vars(module).values()):

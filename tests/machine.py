@@ -1,6 +1,10 @@
 """Where tests compute: THYROID_RLAR_DEVICE (cpu, cuda, ...) and THYROID_RLAR_DTYPE (float64, float32); one suite for every machine."""
 import os
+import resource
+import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -17,3 +21,14 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    "No file of this process can grow beyond so many bytes: the system refuses to write, as a full disk does, and no rights are needed for that."
+    before, old = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try: yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, old)

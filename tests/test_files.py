@@ -1,10 +1,14 @@
-"""A disk that is really full, under each library that writes a run's files."""
+"""A disk that is really full, and a limit that needs no rights to be met, under each library that writes a run's files."""
+import errno
+import os
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from machine import file_limit
 from safetensors.torch import save_file
 
 from thyroid_rlar.files import DataError, write_text, write_whole
@@ -36,3 +40,25 @@ def test_a_full_disk_is_named_and_leaves_the_old_file_whole(small_disk, name):
         write_whole(path, WRITERS[name])
     assert path.read_text() == "old" and [p.name for p in small_disk.iterdir()] == [name]
     path.unlink()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_the_system_refuses_to_write_is_named_and_the_old_one_stays(tmp_path, name):
+    path = write_text(tmp_path / name, "old")
+    with file_limit(2**20), pytest.raises(DataError, match=f"{name}: writing: found File too large, expected .*files of this size"):
+        write_whole(path, WRITERS[name])
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == [name]
+
+
+REASONS = [(errno.EDQUOT, "within your quota: remove files"), (errno.ENOSPC, "on this disk"), (errno.EIO, "network share back")]
+
+
+@pytest.mark.parametrize("name", ["state.pt", "arrays.npy"])
+@pytest.mark.parametrize("number, advice", REASONS)
+def test_why_a_disk_refuses_is_asked_where_the_library_does_not_say(tmp_path, monkeypatch, name, number, advice):
+    "The limit makes the library raise what it raises; then another reason stands in the disk's place."
+    def refuses(_: int) -> None: raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(os, "fsync", refuses)
+    def write(part: Path) -> None:
+        with file_limit(2**20): WRITERS[name](part)
+    with pytest.raises(DataError, match=f"writing: found {os.strerror(number)}, expected .*{advice}"): write_whole(tmp_path / name, write)

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 
 import fuzz
+import numpy as np
 import pytest
 from fuzz import CASES, OWN, READERS
 from hypothesis import HealthCheck, given, settings
@@ -26,7 +27,7 @@ def ready() -> Iterator[None]:
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: f"{path.parent.name}-{path.name}")
 def test_what_once_crashed_is_mended(path):
-    with fuzz.bounded(): how, seconds, error = fuzz.attempt(READERS[path.parent.name].read, path.read_bytes())
+    with fuzz.bounded(): how, seconds, _, error = fuzz.attempt(READERS[path.parent.name].read, path.read_bytes())
     assert error is None and how in ("record", "own") and seconds < fuzz.SECONDS, error
 
 
@@ -36,10 +37,29 @@ def test_new_damage_ends_in_a_record_a_flag_or_our_error(name):
     with fuzz.bounded():
         while n < 20 or time.monotonic() < end:
             one = next(data)
-            how, seconds, error = fuzz.attempt(READERS[name].read, one)
+            how, _, _, error = fuzz.attempt(READERS[name].read, one)
             n += 1
             assert how != "crash", f"{fuzz.where(error)}: {error!r} on {one[:2000]!r}"
     assert fuzz.megabytes() - before < fuzz.MEGABYTES
+
+
+def test_memory_that_ran_out_behind_our_own_error_is_found():
+    def hungry(data: bytes) -> None:
+        try: raise MemoryError
+        except MemoryError as error:
+            if data == b"from": raise fuzz.DataError("x", "content", error, "another") from error
+            if data == b"refused": raise fuzz.DataError("x", "content", fuzz.REFUSED[0], "another") from error
+        raise fuzz.DataError("x", "content", "y", "another")
+    with fuzz.bounded(): ended = [fuzz.attempt(hungry, data)[0] for data in (b"from", b"refused", b"")]
+    assert ended == ["crash", "own", "own"]
+
+
+def test_memory_is_found_that_is_given_back_and_less_than_an_earlier_peak(monkeypatch):
+    monkeypatch.setattr(fuzz, "MEGABYTES", 50)
+    def takes(data: bytes) -> None: np.zeros(int(data) << 20, np.uint8)[::4096] = 1             # each page
+    for mb, expected in ((90, "crash"), (60, "crash"), (30, "record")):
+        with fuzz.bounded(): how, _, memory, error = fuzz.attempt(takes, str(mb).encode())
+        assert how == expected and mb - 5 < memory < mb + 10, (mb, memory, error)
 
 
 def ends_well(name: str, data: bytes) -> None:

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from machine import DEVICE
+from machine import DEVICE, file_limit
 
 from thyroid_rlar.files import DataError, hold, release, resolve, write_text
 from thyroid_rlar.folder import read_folder
@@ -163,6 +164,39 @@ def test_a_run_cut_off_within_an_epoch_goes_on_the_same_on_each_device(tmp_path,
     if precision == "fp16": assert alone.accelerator.scaler.state_dict() == again.accelerator.scaler.state_dict()
 
 
+def same_weights(a: Trainer, b: Trainer) -> bool: return all(map(torch.equal, a.net.state_dict().values(), b.net.state_dict().values()))
+
+
+def test_a_run_with_patience_that_was_cut_off_stops_where_it_would_have_stopped(tmp_path, data):
+    "Its best epoch and loss are in the checkpoint: it keeps the same weights, and ends after as many epochs without a better one."
+    settings = {"epochs": 30, "patience": 2, "learning_rate": 0.02, "ema": 0.0, "checkpoint_seconds": 0}
+    alone = trainer(tmp_path / "alone", data, **settings)
+    history = alone.fit()
+    assert 3 < alone.epoch < 30 and alone.best_epoch < alone.epoch - 1
+    for steps in ((alone.best_epoch + 2) * len(alone.loader), (alone.epoch - 1) * len(alone.loader) + 1):       # past the best, and in the last epoch
+        cut = trainer(tmp_path / f"cut{steps}", data, **settings)
+        cut_after(cut, steps)
+        again = trainer(cut.folder, data, **settings)
+        assert goes_on(again, history) and (again.epoch, again.best_epoch, again.best) == (alone.epoch, alone.best_epoch, alone.best)
+        assert same_weights(alone, again)
+
+
+def checkpointed(folder: Path, data: NoduleData, **settings: object) -> Trainer:
+    (run := trainer(folder, data, **settings)).net.encoder.set_grad_checkpointing()
+    return run
+
+
+def test_gradient_checkpointing_goes_on_the_same_too(tmp_path, data):
+    "Its second pass through the encoder must not draw other numbers after a resumption than it would have drawn before."
+    alone = checkpointed(tmp_path / "alone", data)
+    history = alone.fit()
+    cut_after(cut := checkpointed(tmp_path / "cut", data, checkpoint_seconds=0), len(alone.loader) + 2)
+    again = checkpointed(cut.folder, data)
+    torch.manual_seed(1)
+    pd.testing.assert_frame_equal(again.fit(resume=True).drop(columns=TIMES), history.drop(columns=TIMES), check_exact=True)
+    assert same_weights(alone, again)
+
+
 @pytest.fixture
 def disk(tmp_path):
     "A small disk of its own, mounted at two places: what is lost at one can still be looked at in the other."
@@ -192,6 +226,15 @@ def test_a_lost_share_stops_the_run_and_nothing_is_written_beneath_it(disk, data
     with pytest.raises(TrainingStopped, match="expected its disk or network share back in place. The checkpoint of epoch 0 is kept"): run.fit()
     assert not list(place.iterdir())
     assert goes_on(trainer(elsewhere, data), whole)
+
+
+def test_a_file_that_may_not_be_written_stops_the_run_and_it_goes_on(tmp_path, data, whole):
+    "As on a full disk, but needs no rights: torch says as little of why."
+    run, limit = trainer(tmp_path, data), ExitStack()
+    run.callbacks = at_epoch(1, lambda t: limit.enter_context(file_limit(2**19)))
+    with limit, pytest.raises(TrainingStopped, match="found File too large, expected .*ulimit.* The checkpoint of epoch 0 is kept. Once"): run.fit()
+    assert not list(tmp_path.rglob(".part-*"))
+    assert goes_on(trainer(tmp_path, data), whole)
 
 
 def test_a_step_that_runs_out_of_memory_says_what_to_lower(tmp_path, data, whole):
@@ -244,6 +287,39 @@ def test_a_checkpoint_of_any_values_ends_in_a_sentence(tmp_path, data, saved, na
     path = tmp_path / "run" / CHECKPOINT
     torch.save(torch.load(path, weights_only=True) | {name.strip(): CHANGES[name]}, path)
     with pytest.raises(DataError, match="state.pt: content"): trainer(tmp_path / "run", data, epochs=2).fit(resume=True)
+
+
+FORGED = {
+    "a rate of words": lambda state: state["optimizer"]["param_groups"][0].update(lr="0.001"),
+    "a decay that is no number": lambda state: state["optimizer"]["param_groups"][1].update(weight_decay=float("nan")),
+    "a switch": lambda state: state["optimizer"]["param_groups"][0].update(amsgrad=True),
+    "moments of another shape": lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.ones(3)),
+    "moments of words": lambda state: state["optimizer"]["state"].update({0: "x"}),
+    "no moments but words": lambda state: state["optimizer"].update(state="x"),
+    "an end of words": lambda state: state["schedule"].update(total_steps="x"),
+    "an end that is near": lambda state: state["schedule"].update(total_steps=1),
+    "phases of words": lambda state: state["schedule"]["_schedule_phases"][0].update(end_step="x"),
+    "another way": lambda state: state["schedule"].update(_anneal_func_type="x"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_an_optimizer_or_a_schedule_of_any_values_ends_in_a_sentence(tmp_path, data, cut_short, name):
+    "They take whatever they are given, and would stumble over it at the next step."
+    shutil.copytree(cut_short, tmp_path / "run")
+    path = tmp_path / "run" / CHECKPOINT
+    state = torch.load(path, weights_only=True)
+    FORGED[name](state)
+    torch.save(state, path)
+    with pytest.raises(DataError, match="state.pt: content: .*expected a checkpoint of this"): trainer(tmp_path / "run", data).fit(resume=True)
+
+
+@pytest.fixture(scope="module")
+def cut_short(data, tmp_path_factory) -> Path:
+    "The folder of a run that was cut off in its second epoch."
+    run = trainer(tmp_path_factory.mktemp("cut_short"), data)
+    cut_after(run, len(run.loader) + 1)
+    return run.folder
 
 
 def test_a_checkpoint_that_is_no_dictionary_or_packed_is_refused(tmp_path, data, saved):

@@ -18,7 +18,7 @@ from machine import free_port
 from nbclient import NotebookClient
 from safetensors.torch import load_file
 
-from thyroid_rlar.files import project_root
+from thyroid_rlar.files import held, project_root
 from thyroid_rlar.training import FitSettings, make_accelerator
 
 ROOT = project_root()
@@ -73,7 +73,12 @@ if rank == 1: trainer.objective.backward = spoiled       # one process alone see
 said = ""
 try: trainer.fit()
 except TrainingStopped as stop: said = str(stop)
-(folder / f"{rank}.json").write_text(json.dumps(dict(said=said)))
+
+trainer, average = make("not_finite", 0), ""
+if rank == 1: trainer.average.update = lambda net: trainer.average.net.state_dict()["mask.body.1.bias"].fill_(torch.nan)     # its losses stay finite
+try: trainer.fit()
+except TrainingStopped as stop: average = str(stop)
+(folder / f"{rank}.json").write_text(json.dumps(dict(said=said, average=average)))
 """
 
 
@@ -114,8 +119,9 @@ def test_two_processes_train_as_one_with_the_joined_batch(folder):
 
 
 def test_where_one_must_stop_both_do(folder):
-    first, second = (json.loads((folder / f"{rank}.json").read_text())["said"] for rank in range(2))
-    assert "another process" in first and "step 0: loss_seg nan on images" in second
+    first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(2))
+    assert "another process" in first["said"] and "step 0: loss_seg nan on images" in second["said"]
+    assert "another process" in first["average"] and "the weights are no longer finite" in second["average"]
 
 
 def values(out: Path) -> dict[str, object]:
@@ -167,6 +173,34 @@ def test_a_launched_run_whose_process_dies_ends_and_goes_on_to_the_same_end_as_a
     assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
     epochs = [pd.read_parquet(folder / "history.parquet").query("kind == 'epoch' and split == 'val'") for folder in (whole, tmp_path / "killed")]
     assert epochs[1].epoch.tolist() == [0, 1, 2] and epochs[0].loss_seg.tolist() == epochs[1].loss_seg.tolist()
+
+
+NOTEBOOK = """
+from accelerate import notebook_launcher
+from thyroid_rlar.launch import train_run
+try: notebook_launcher(train_run, ({values!r},), num_processes=2, use_port='{port}')
+except Exception as error: print("ended:", type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found through pgrep")
+def test_a_run_that_a_notebook_launched_ends_when_a_process_dies(tmp_path, whole):
+    "The cell raises, the fellow is gone, the checkpoint is whole and the folder free; that such a run goes on is seen above."
+    out = tmp_path / "run"
+    asked = values(whole) | {"epochs": 99, "out_dir": str(out)}                   # on images that are prepared by now
+    code = NOTEBOOK.format(values=asked, port=free_port())
+    notebook = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True)
+    while not (out / "checkpoint/state.pt").is_file() and notebook.poll() is None: time.sleep(0.02)
+    line = Path(f"/proc/{notebook.pid}/cmdline").read_bytes()
+    both = [pid for pid in workers(notebook) if Path(f"/proc/{pid}/cmdline").read_bytes() == line]       # forks, and no tracker of joblib's
+    assert len(both) == 2
+    os.kill(both[1], signal.SIGKILL)
+    said, _ = notebook.communicate(timeout=60)
+    assert notebook.returncode == 0 and "ended: " in said and "SIGKILL" in said, said[-3000:]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in both)
+    assert torch.load(out / "checkpoint/state.pt", weights_only=True)["epoch"] >= 1
+    with held(out): pass
 
 
 def test_gradient_accumulation_is_refused(monkeypatch, tmp_path):

@@ -98,6 +98,30 @@ def tiff(shape, tile, n=1):
     return head.ljust(150, b"\0") + struct.pack(f"<{n}I", *[at] * n) + struct.pack(f"<{n}I", *[len(data)] * n) + data
 
 
+def tagged(order, values, shared, kind=1, size=1):
+    "A TIFF of 16 x 16 pixels with so many values more, which share so many bytes; `size` of each number."
+    tags = [(256, 4, 1, 16), (257, 4, 1, 16), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8), (277, 3, 1, 1), (278, 4, 1, 16),
+            (279, 4, 1, 256), *((40_000 + k, kind, shared // size, 8) for k in range(values))]
+    entry = lambda tag, kind, n, value: struct.pack(f"{order}HHI", tag, kind, n) + (
+        struct.pack(f"{order}HH", value, 0) if kind == 3 and n == 1 else struct.pack(f"{order}I", value))
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + max(shared, 256))
+    return head + bytes(max(shared, 256)) + struct.pack(f"{order}H", len(tags)) + b"".join(entry(*tag) for tag in tags) + bytes(4)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_tiff_values_that_share_their_bytes_are_refused(tmp_path, order):
+    "Pillow before 13 keeps a copy of each: two megabytes would take gigabytes."
+    path = tmp_path / "a.tif"
+    path.write_bytes(tagged(order, 3, 1000))
+    assert read_gray(path).shape == examine(path).shape == (16, 16)
+    for values, shared, kind, size in ((1000, 2_000_000, 1, 1), (1000, 2_000_000, 12, 8), (1, 10_000_000, 2, 1)):
+        path.write_bytes(tagged(order, values, shared, kind, size))
+        for look in (examine, read_gray):
+            with Cost(), pytest.raises(DataError, match="tags: found .* bytes, expected at most 8,000,000"): look(path)
+    path.write_bytes(b"II+\0\x08\0\0\0\x10\0\0\0\0\0\0\0" + bytes(100))
+    with pytest.raises(DataError, match="BigTIFF"): read_gray(path)
+
+
 def dicom(syntax, pixels, shape=(40, 60)):
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = UltrasoundImageStorage, "1.2.3", syntax
@@ -330,21 +354,58 @@ def calls(tree):
         if isinstance(node, ast.Call): yield ast.unparse(node.func), node
 
 
+RUNNING = ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "joblib.load", "pd.read_pickle", "torch.hub.load", "pickle.load",
+           "pickle.loads", "dill.load", "yaml.load", "marshal.loads", "runpy.run_path")
+LOADERS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml", "xml", "lxml", "runpy", "subprocess", "code", "nbformat",
+           "nbclient", "papermill", "execnb", "nbconvert"}
+
+
+def loaders(tree: ast.AST) -> set[str]:
+    "What is imported that could run or unfold what it reads."
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    return {name.split(".")[0] for name in imported} & LOADERS
+
+
+def unsafe(tree: ast.AST) -> set[str]:
+    "Calls that run what they read, or would if the file asked for it."
+    found = set()
+    for name, call in calls(tree):
+        options = {k.arg: ast.unparse(k.value) for k in call.keywords}
+        if name in RUNNING or name == "torch.load" and options.get("weights_only") != "True": found.add(name)
+        if name == "np.load" and options.get("allow_pickle", "False") != "False": found.add(name)
+    return found
+
+
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.name)
 def test_the_package_runs_nothing_that_it_reads(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    bad = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml", "xml", "lxml", "runpy", "subprocess", "code", "nbformat",
-           "nbclient", "papermill", "execnb", "nbconvert")
-    assert not {name for name in imported if name.split(".")[0] in bad}
-    for name, call in calls(tree):
-        options = {k.arg: ast.unparse(k.value) for k in call.keywords}
-        assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "joblib.load", "pd.read_pickle", "torch.hub.load"), name
-        if name == "torch.load": assert options.get("weights_only") == "True"
-        if name == "np.load": assert options.get("allow_pickle", "False") == "False"
-        assert name != "pd.read_parquet" or path.name == "files.py" or path.name == "runs.py"
-        if name.endswith("read_html") or name.endswith("read_xml"): raise AssertionError(name)
+    assert not loaders(tree) and not unsafe(tree)
+
+
+NOTEBOOKS = [*sorted((ROOT / "nbs").glob("*.ipynb")), *sorted((ROOT / "nbs/runs").glob("*.ipynb"))]
+SHOWN = {"03_files": {"pickle.loads"}}                  # of an error that it has just pickled itself
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_no_cell_of_a_notebook_runs_what_it_reads(path):
+    "Those of nbs/runs read other people's folders, so they import nothing that could; the others show attacks and start processes."
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    tree = ast.parse("\n".join("" if line[:1] in "%!" else line for source in sources for line in source.splitlines()))
+    assert unsafe(tree) == SHOWN.get(path.stem, set())
+    assert path.parent.name != "runs" or not loaders(tree)
+
+
+@pytest.mark.parametrize("line", ["torch.load(p)", "torch.load(p, weights_only=False)", "np.load(p, allow_pickle=True)", "pickle.load(f)", "eval(t)"])
+def test_the_rule_sees_what_it_forbids(line): assert unsafe(ast.parse(f"if x: a = [{line} for p in q]"))
+
+
+def test_only_a_benchmark_of_speed_trains_without_the_guard_against_leaks():
+    "Whatever reports a result gets its trainer from `make_trainer`, which asks for leaks first."
+    makers = {path.stem for path in PACKAGE for name, _ in calls(ast.parse(path.read_text(encoding="utf-8"))) if name == "Trainer"}
+    notebooks = {path.stem for path in (ROOT / "nbs/runs").glob("*.ipynb") if "Trainer(" in path.read_text(encoding="utf-8")}
+    assert makers == {"runs", "speed"} and not notebooks
 
 
 # ---- text that is more than text --------------------------------------------------------------------------------------
@@ -445,6 +506,14 @@ def test_a_strangers_run_does_not_say_where_phantoms_are_drawn(tmp_path, monkeyp
     for settings in (ours, replace(ours, source="phantom", data_dir=str(tmp_path / "mine"))):
         with pytest.raises(ParameterError, match="enough"): predictions.open_evaluation(settings, trained)
     assert asked == [None, str(tmp_path / "mine")]
+
+
+def test_a_strangers_run_cannot_ask_for_a_million_phantoms(tmp_path):
+    for number, ok in ((10_000, True), (10_001, False), (1_000_000, False)):
+        (tmp_path / "params.json").write_text(json.dumps({"parameters": {"phantom_images": number}}))
+        if ok: assert recorded_settings(tmp_path).phantom_images == number
+        else:
+            with pytest.raises(ParameterError, match=f"params.json.*phantom_images: found {number}, expected 20 to 1"): recorded_settings(tmp_path)
 
 
 def test_a_table_of_other_columns_than_ours_is_refused(tmp_path):

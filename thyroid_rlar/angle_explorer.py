@@ -24,7 +24,7 @@ from plotly.subplots import make_subplots
 # %% ../nbs/84_angle_explorer.ipynb #b196d7e4
 from .explorers import Explorer, as_open, side_by_side
 from .figures import BLUE, GREEN, ORANGE, PURPLE, SKY, TEMPLATE, VERMILLION, as_text, cosine_quantiles
-from .files import read_parquet, resolve
+from .files import read_run_table, resolve
 from .latent import MAPS, LatentMap, saved_latents
 from .latent_explorer import LatentExplorer
 from .latent_figures import RIM, paint
@@ -46,8 +46,8 @@ class Course:
 def read_course(folder: str | Path) -> Course:
     "The course of the run in a folder, named by its method. Raises DataError or ParameterError naming what is missing or damaged."
     folder = resolve(folder)
-    history = read_parquet(folder / "history.parquet", "kind", "split", "epoch")
-    nodules = read_parquet(folder / "nodules.parquet", "epoch", "split", "image_id")
+    history = read_run_table(folder / "history.parquet", "kind", "split", "epoch")
+    nodules = read_run_table(folder / "nodules.parquet", "epoch", "split", "image_id")
     s = recorded_settings(folder)
     return Course(s.objective, history, nodules, make_rlar(s))
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 # %% ../nbs/68_compare.ipynb #005
 from .evaluation import auroc_high, evaluate, qwk, write_json
-from .files import DataError, project_root, read_json, read_parquet, write_whole
+from .files import DataError, project_root, read_json, read_run_table, write_whole
 from .instruments import measure
 from .intervals import paired_bootstrap, weighted_mean
 from .loader import MISSING_GRADE, NoduleData, eval_loader
@@ -57,12 +57,15 @@ def _run_tables(folders: Sequence[str | Path], name: str, *columns: str) -> list
         paths = [p for p in sorted(Path(folder).rglob(name)) if all((p.parent / n).is_file() for n in needed)]
         runs = [(path, found) for path in paths if (found := _run_columns(path.parent))["fold"] != "all"]     # that reports no image left out
         if not runs: raise FileNotFoundError(f"{folder}: no finished runs on a fold below")
-        tables += [read_parquet(path, *columns).assign(**found) for path, found in runs]
+        tables += [read_run_table(path, *columns).assign(**found) for path, found in runs]
     return tables
 
 def read_runs(*folders: str | Path) -> pd.DataFrame:
     "Predictions of all finished runs below the folders, with columns method, objective, network, scale, fold, run. ValueError for two scales."
     runs = pd.concat(_run_tables(folders, "predictions.parquet", "image_id", "case_id", "group", "grade_index"), ignore_index=True)
+    items = [f"{kind}_{item}" for kind in ("measured", "predicted") for item in NAMES]
+    if 0 < len(absent := [name for name in items if name not in runs]) < len(items):
+        raise DataError(folders[0], "evidence", f"no column {', '.join(absent[:5])}", "all items, measured and predicted, or none")
     if runs.scale.nunique() > 1: raise ValueError(f"{folders}: runs on the scales {', '.join(runs.scale.unique())}; expected one")
     return runs.assign(method=method_names(runs))
 
@@ -183,7 +186,7 @@ def held_out_angles(net: MultitaskNet, data: NoduleData, rows: Sequence[int], rl
 def fresh_head_angles(run_dir: str | Path, progress: bool = True) -> pd.DataFrame:
     "`held_out_angles` of a run's reported fold with a fresh risk head on its encoder, kept as fresh_head.parquet. ParameterError for other data."
     path = Path(run_dir) / "fresh_head.parquet"
-    if path.is_file(): return read_parquet(path, "image_id", "excess")
+    if path.is_file(): return read_run_table(path, "image_id", "excess")
     trained = load_run(run_dir)
     run = load_data(trained.settings, open_source(trained.settings, progress), progress)
     check_split(split_table(run), Path(run_dir))             # a fresh head must not see what the run reports
@@ -195,7 +198,10 @@ def fresh_head_angles(run_dir: str | Path, progress: bool = True) -> pd.DataFram
 # %% ../nbs/68_compare.ipynb #fd000009
 def with_fresh_heads(runs: pd.DataFrame) -> pd.DataFrame:
     "`runs` with a column excess_fresh: E of each held-out image under a fresh risk head on its run's frozen encoder (about half a minute a run)."
-    fresh = pd.concat([fresh_head_angles(run).assign(run=run) for run in runs.run.unique()])
+    fresh = pd.concat([fresh_head_angles(run).assign(run=run) for run in runs.run.unique()], ignore_index=True)
+    for name, table in (("predictions", runs), ("fresh_head", fresh)):
+        for twice in table[table.duplicated(["image_id", "run"])].itertuples():
+            raise DataError(Path(twice.run) / f"{name}.parquet", "image_id", f"{twice.image_id!r:.60} twice", "each image once")
     fresh = fresh[["image_id", "run", "excess"]].rename(columns={"excess": "excess_fresh"})
     return runs.merge(fresh, on=["image_id", "run"], how="left", validate="one_to_one")
 
@@ -208,7 +214,7 @@ def keep_run(run_dir: str | Path, out_dir: str | Path) -> Path:
     if here.is_relative_to(project_root()): params["parameters"]["out_dir"] = here.relative_to(project_root()).as_posix()
     write_json(out_dir / "params.json", params)
     write_json(out_dir / "model.json", {"scale": read_json(run_dir / "model.json", "scale")["scale"]})
-    history = read_parquet(run_dir / "history.parquet", "kind")
+    history = read_run_table(run_dir / "history.parquet", "kind")
     write_whole(out_dir / "history.parquet", history[history.kind == "epoch"].dropna(axis=1, how="all").to_parquet)
     for name in ("metrics.json", "predictions.parquet", "fresh_head.parquet"):
         if (run_dir / name).is_file(): write_whole(out_dir / name, partial(shutil.copyfile, run_dir / name))

@@ -168,6 +168,7 @@ def dicom_facts(path: Path) -> tuple[float, set[str]]: # spacing in mm (NaN when
         head = dicom_head(path, "NumberOfFrames", "BitsStored", "PixelSpacing", "SequenceOfUltrasoundRegions")
         flags = {"frames"} if int(head.get("NumberOfFrames") or 1) > 1 else set()
         if int(head.get("BitsStored") or 8) > 8: flags.add("bit_depth")
+    except MemoryError: raise
     except Exception as e: raise DataError(path, "head", f"{type(e).__name__} ({e})", "that of a DICOM image") from e   # of any type
     try: spacing = [float(v) for v in head.get("PixelSpacing") or _region_spacing(head) or ()]
     except Exception: spacing = []          # pydicom makes numbers of text only now

@@ -6,7 +6,7 @@
 __all__ = ['OpenRun', 'image_table', 'open_run', 'open_trainer', 'most_telling', 'ExploreSettings', 'check_exploring']
 
 # %% ../nbs/78_opened.ipynb #63d4ec7a
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/78_opened.ipynb #89902282
 from .evaluation import median_grade, probability_columns
-from .files import DataError, code_digest, digest, fingerprint, inside, read_parquet, resolve, write_whole
+from .files import DataError, code_digest, digest, fingerprint, inside, read_run_table, resolve, write_whole
 from .instruments import measure
 from .latent import saved_latents
 from .loader import NoduleData, eval_loader
@@ -152,9 +152,29 @@ def _table_key(folder: Path, data: NoduleData, rows: Sequence[int]) -> str:
     labels = fingerprint(repr((data.prepared.manifest.rows.to_dict("list"), data.evidence.tobytes())).encode())
     return fingerprint(repr((files, images, labels, list(rows), code_digest("opened", "instruments", "rlar", "network", "objectives"))).encode())[:16]
 
-def _kept(path: Path, make) -> tuple[pd.DataFrame, np.ndarray]:
+# %% ../nbs/78_opened.ipynb #100394bc
+_IDS = ["image_id", "case_id", "group", "grade", "grade_index"]
+_MEASURED = ["loss_seg", "loss_risk", "loss_evidence", "dice", "through_z", "cos_map", "norm_seg", "norm_risk", "excess", "excess_shuffled",
+             "cos_seg_evidence", "cos_risk_evidence", "norm_evidence", "cos_pooled", "angle"]
+
+def _columns(info: dict, scale: Scale, channels: int) -> list[str]:
+    "Columns of the kept table of a run whose model.json says this: those of `image_table`, and its latents'."
+    risk = [*probability_columns(scale), "predicted_index", "predicted", "error"] if "risk" in info["tasks"] else []
+    items = [f"{kind}_{name}" for kind in ("measured", "predicted") for name in info["evidence"] if "evidence" in info["tasks"]]
+    return [*_IDS, *_MEASURED, *risk, *items, *(f"z{c}" for c in range(channels))]
+
+def _read_kept(path: Path, images: pd.DataFrame, columns: list[str], scale: Scale) -> pd.DataFrame:
+    "The kept table of these images, a row for each. DataError where it is none, or cannot be."
+    both = read_run_table(path, *columns)
+    both = both[[name for name in both if name in columns]]
+    if not both.index.equals(images.index): raise DataError(path, "rows", f"{len(both)} rows of other images", "those of the images")
+    if not np.isfinite(both.filter(regex=r"^z\d+$")).all(axis=None): raise DataError(path, "latents", "one that is no number", "numbers")
+    if "predicted" in both and not both.predicted.isin(scale.grades).all(): raise DataError(path, "predicted", "another grade", scale.grades)
+    return both.assign(**images[_IDS])                       # whose they are is the data set's to say
+
+def _kept(path: Path, make: Callable[[], tuple[pd.DataFrame, np.ndarray]], *expected: object) -> tuple[pd.DataFrame, np.ndarray]:
     "Table and latents from a file, or made and written to it; a folder that cannot be written keeps nothing."
-    try: both = read_parquet(path)
+    try: both = _read_kept(path, *expected)
     except DataError:                                       # none, or a damaged one
         table, z = make()
         both = table.join(pd.DataFrame(z, index=table.index, columns=[f"z{c}" for c in range(z.shape[1])]))
@@ -180,15 +200,17 @@ def open_run(
     info, scale = trained.info, data.prepared.manifest.scale.name
     if tasks_on(data.prepared.manifest, info) != info["tasks"]:
         raise ParameterError(f"source: found grades on scale {scale!r}, the model's are on {info['scale']!r}; they are never set beside each other")
-    history = read_parquet(folder / "history.parquet", "kind", "split", "epoch")
-    nodules = read_parquet(folder / "nodules.parquet", "epoch", "split", "image_id")
+    history = read_run_table(folder / "history.parquet", "kind", "split", "epoch")
+    nodules = read_run_table(folder / "nodules.parquet", "epoch", "split", "image_id")
     split, names = _split_of(data, trained), data.prepared.manifest.rows.image_id
     shown = (split != "train") | names.isin(set(nodules.image_id)).to_numpy() if images == "unseen" else np.ones(len(split), bool)
     rows, rlar = np.flatnonzero(shown), make_rlar(trained.settings)
     scaler = EvidenceScaler.from_dict(info["scaler"])
     if device == "auto" and torch.cuda.is_available() or device == "cuda": trained.net.cuda()
     make = lambda: image_table(trained.net, data, rows, rlar, info["tasks"], info["evidence"], scaler, progress)
-    table, z = _kept(inside(folder, f"explore/images-{_table_key(folder, data, rows)}.parquet"), make)
+    columns = _columns(info, data.prepared.manifest.scale, trained.net.risk.pool.score.in_channels)
+    kept = inside(folder, f"explore/images-{_table_key(folder, data, rows)}.parquet")
+    table, z = _kept(kept, make, data.prepared.manifest.rows.loc[rows], columns, data.prepared.manifest.scale)
     table.insert(4, "split", split[table.index])
     return OpenRun(folder.name, trained.net, data, table, z, info["tasks"], rlar, info["evidence"], scaler, history, nodules, folder)
 

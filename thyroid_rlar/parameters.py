@@ -87,7 +87,7 @@ CHOICES = {
     "precision": PRECISIONS, "device": DEVICES,
 }
 RANGES = {
-    "phantom_images": (20, 1e6), "rlar_strength": (0, 10), "rlar_weight": (0, 1e9), "rlar_margin": (0, 0.999), "rlar_warmup": (0, 0.999),
+    "phantom_images": (20, 1e4), "rlar_strength": (0, 10), "rlar_weight": (0, 1e9), "rlar_margin": (0, 0.999), "rlar_warmup": (0, 0.999),
     "risk_weight": (0, 1e3), "evidence_weight": (0, 1e3),
     "epochs": (1, 1e5), "batch_size": (1, 4096), "learning_rate": (1e-8, 10), "patience": (0, 1e5), "balance": (0, 1), "folds": (2, 100),
     "seed": (0, 2**31), "grade_noise": (0, 1), "contour_noise": (0, 1), "num_workers": (0, 256),

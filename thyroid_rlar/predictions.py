@@ -20,7 +20,7 @@ import torch
 
 # %% ../nbs/64_predictions.ipynb #005
 from .evaluation import SEGMENTATION, evaluate, median_grade, per_image_segmentation, probability_columns
-from .files import DataError, digest, inside, read_parquet, resolve
+from .files import DataError, digest, inside, read_run_table, resolve
 from .intervals import bootstrap, ratio
 from .loader import NoduleData, eval_loader, prepare
 from .network import MultitaskNet, load_model
@@ -28,7 +28,7 @@ from .objectives import TASKS
 from .parameters import CHOICES, ParameterError, RunSettings, read_size, typed_parameters
 from .radiomics import NAMES, EvidenceScaler, measure_manifest
 from .records import Manifest
-from .runs import open_source, recorded_settings
+from .runs import open_source, preparing, recorded_settings
 from .tirads import SCALES
 
 # %% ../nbs/64_predictions.ipynb #008
@@ -163,7 +163,9 @@ def load_run(folder: str | Path) -> TrainedRun:
     "A run folder's network, model.json and parameters. Raises FileNotFoundError or DataError naming what is missing or damaged."
     net, info = load_model(folder)
     check_info(Path(folder) / "model.json", info)
-    split = read_parquet(Path(folder) / "split.parquet", "image_id", "case_id", "group", "split", "digest")
+    split = read_run_table(path := Path(folder) / "split.parquet", "image_id", "case_id", "group", "split", "digest")
+    if unknown := sorted(set(split.split) - {"train", "val", "test", ""}):
+        raise DataError(path, "column split", f"{unknown[0]!r:.60}", "train, val, test or nothing")
     return TrainedRun(net, info, recorded_settings(folder), split)
 
 # %% ../nbs/64_predictions.ipynb #018
@@ -199,9 +201,11 @@ def open_evaluation(e: EvaluationSettings, trained: TrainedRun, progress: bool =
     manifest = open_source(target, progress)
     if manifest.scale.name != info["scale"] and "seg" not in info["tasks"]:
         raise ParameterError(f"source: grades on scale {manifest.scale.name!r}, the model was trained on {info['scale']!r}; scales are never mapped")
-    fresh = unseen(manifest, trained.split)
+    with preparing(manifest.root): fresh = unseen(manifest, trained.split)
     rows = np.arange(len(manifest)) if e.part == "all" else np.flatnonzero(fresh)
     if not len(rows): raise ParameterError("part: the run was trained on all of these images or their cases; expected another source, or part all")
-    prepared = prepare(manifest, tuple(info["image_size"]), progress=progress)
-    evidence = EvidenceScaler.from_dict(info["scaler"]).transform(measure_manifest(manifest, progress=progress)[info["evidence"]].to_numpy(float))
+    with preparing(manifest.root):
+        prepared = prepare(manifest, tuple(info["image_size"]), progress=progress)
+        measured = measure_manifest(manifest, progress=progress)
+    evidence = EvidenceScaler.from_dict(info["scaler"]).transform(measured[info["evidence"]].to_numpy(float))
     return NoduleData(prepared, evidence), rows, _describe(e.part, fresh) + _scale_note(manifest.scale.name, info)

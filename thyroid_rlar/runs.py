@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'OUTPUTS', 'recorded_settings', 'changed_parameters', 'folder_of', 'run_folder', 'set_aside', 'one_reader',
-           'open_source', 'RunData', 'load_data', 'label_counts', 'trained_tasks', 'split_table', 'check_split',
-           'make_trainer']
+           'open_source', 'RunData', 'preparing', 'load_data', 'label_counts', 'trained_tasks', 'split_table',
+           'check_split', 'make_trainer']
 
 # %% ../nbs/55_runs.ipynb #003
 import json
@@ -35,7 +35,7 @@ from thyroid_rlar.files import (
     hold,
     inside,
     read_json,
-    read_parquet,
+    read_run_table,
     remove,
     resolve,
     write_text,
@@ -131,6 +131,9 @@ def one_reader(manifest: Manifest, reader: str | None = None) -> Manifest:
 
 def open_source(s: RunSettings, progress: bool = True) -> Manifest:
     "The manifest of a run's source, one reader's rows. Phantoms are made once, the same for every seed, under `cache`."
+    with preparing(resolve(s.data_dir or "cache")): return _open_source(s, progress)
+
+def _open_source(s: RunSettings, progress: bool) -> Manifest:
     if s.source == "ddti": return one_reader(read_ddti(resolve(s.data_dir)), s.reader)
     if s.source == "folder": return one_reader(read_folder(resolve(s.data_dir)), s.reader)
     folder = resolve(s.data_dir or f"cache/phantom-{s.phantom_images}-{code_digest('bmode', 'neck', 'phantom')}")
@@ -167,7 +170,7 @@ def _disturb(s: RunSettings, manifest: Manifest, prepared: Prepared, split: Spli
 
 # %% ../nbs/55_runs.ipynb #3832137b
 @contextmanager
-def _preparing(root: Path) -> Iterator[None]:
+def preparing(root: Path) -> Iterator[None]:
     "Inside, a worker process that died, memory that ran out and a file that went away are DataErrors that say what to do."
     fewer = "more memory, or fewer processes: set LOKY_MAX_CPU_COUNT=1 in the environment"
     try: yield
@@ -182,7 +185,7 @@ def load_data(s: RunSettings, manifest: Manifest, progress: bool = True) -> RunD
     "Prepare images, split, measure the evidence and scale it on the training rows."
     val_share = 0.15 if s.fold != "all" or s.patience else 0.0  # nothing is held back where nothing is chosen or reported
     split = make_split(manifest, s.fold, s.folds, val_share=val_share)  # the same for every seed, so that seeds can be compared image by image
-    with _preparing(manifest.root):
+    with preparing(manifest.root):
         prepared = prepare(manifest, s.image_size, progress=progress)
         measured = measure_manifest(manifest, progress=progress)
     names = [item.name for item in EVIDENCE]
@@ -225,7 +228,7 @@ def split_table(run: RunData) -> pd.DataFrame:
 def check_split(split: pd.DataFrame, folder: Path) -> None:
     "Raise ParameterError when images, labels, cases or parts of a `split_table` differ from those that the run in the folder trained on."
     path = folder / "split.parquet"
-    before = read_parquet(path)
+    before = read_run_table(path)
     if "labels" not in before: split = split.drop(columns="labels")      # a run of before they were kept
     if split.astype(str).equals(before.astype(str)): return      # a file does not keep every type of column
     raise ParameterError(f"the images, their labels, cases or split are not those of {path}, so the weights may have seen what is to be reported; "
@@ -245,7 +248,7 @@ def make_trainer(s: RunSettings, run: RunData, folder: Path, callbacks: Sequence
     info = {"scale": scale.name, "image_size": list(s.image_size), "evidence": [item.name for item in EVIDENCE], "scaler": run.scaler.to_dict(),
             "objective": s.objective, "tasks": trained_tasks(objective, run)}
     goes_on = s.resume and (folder / CHECKPOINT).is_file()      # else it was killed before its first checkpoint, or is new
-    split = split_table(run)                                    # reads every image's file, so once
+    with preparing(run.manifest.root): split = split_table(run)     # reads every image's file, so once
     if goes_on: check_split(split, folder)
     check_split_leaks(run.data.prepared, run.split, split.digest.to_numpy(str))
     check_scaler(run.scaler, run.measured[[item.name for item in EVIDENCE]].to_numpy(float), run.split, run.data.evidence)

@@ -9,6 +9,7 @@ __all__ = ['CHECKPOINT', 'NO_CHECKPOINT', 'NUMBERS', 'EXPLODED', 'FIRST', 'rando
            'stop_together']
 
 # %% ../nbs/49_survival.ipynb #911e4bbe
+import math
 import os
 import random
 import time
@@ -116,6 +117,29 @@ def _check_steps(state: dict, most: int) -> None:
     numbers = (*rates, state["seconds"], state["waited"])
     if not all(isinstance(number, int | float) for number in numbers): raise ValueError("rates or seconds that are no numbers")
 
+# %% ../nbs/49_survival.ipynb #1b9ac04a
+def _check_alike(name: str, found: object, own: object) -> None:
+    "ValueError unless a value of a checkpoint is of the kind of our own: the same keys, a list as long, a finite number for a number."
+    if isinstance(own, dict): good = isinstance(found, dict) and found.keys() == own.keys()
+    elif isinstance(own, list | tuple): good = isinstance(found, list | tuple) and len(found) == len(own)
+    elif type(own) in (int, float): good = type(found) in (int, float) and math.isfinite(found)
+    else: good = type(found) is type(own) and found == own                                # switches and words
+    if not good: raise ValueError(f"{name} {found!r:.40}, expected one like {own!r:.40}")
+    for key, value in own.items() if isinstance(own, dict) else enumerate(own) if isinstance(own, list | tuple) else ():
+        _check_alike(f"{name} {key}", found[key], value)
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    "ValueError unless a state of AdamW is one for these parameters: settings of the same kinds, and moments of the parameters' shapes."
+    groups = optimizer.state_dict()["param_groups"]
+    _check_alike("optimizer", state["param_groups"], groups)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not state["state"].keys() <= set(range(len(parameters))): raise ValueError("optimizer of other weights")
+    for k, kept in state["state"].items():
+        shapes = {name: tuple(value.shape) for name, value in kept.items()}
+        if shapes != {"step": (), "exp_avg": (shape := tuple(parameters[k].shape)), "exp_avg_sq": shape}:
+            raise ValueError(f"optimizer: {shapes} for a weight of shape {shape}")
+
+
 # %% ../nbs/49_survival.ipynb #b91f5abb
 def is_over(settings, epoch: int, best_epoch: int) -> bool:
     "Whether a run has trained its last epoch, or validation has not improved for `patience` epochs."
@@ -139,7 +163,10 @@ def _read_state(path: Path) -> dict:
 
 def _put_back(t, state: dict) -> None:
     _check_steps(state["steps"], len(t.loader))
-    if state["schedule"].keys() != t.schedule.state_dict().keys(): raise ValueError("another schedule")
+    _check_optimizer(t.optimizer.optimizer, state["optimizer"])
+    _check_alike("schedule", state["schedule"], own := t.schedule.state_dict())
+    if not is_over(t.settings, state["epoch"], state["best_epoch"]) and state["schedule"].get("total_steps") != own.get("total_steps"):
+        raise ValueError(f"schedule total_steps {state['schedule']['total_steps']!r:.40}, expected {own['total_steps']}")
     for name, part in _parts(t).items(): part.load_state_dict(state[name])
     for name in NUMBERS: setattr(t, name, state[name])
     t.average.count = state["count"]

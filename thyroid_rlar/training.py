@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 # %% ../nbs/50_training.ipynb #005
-from .files import held, read_parquet, write_whole
+from .files import held, read_run_table, write_whole
 from .instruments import measure, strength
 from .loader import EpochSampler, NoduleData, Split, eval_loader, train_loader
 from .network import MultitaskNet, save_model
@@ -222,7 +222,7 @@ class RunLog:
         "Read the tables back, up to the epoch that the checkpoint stands at: a run killed while writing may be one ahead."
         self.history, self.nodules = [], []
         if not epochs: return                                     # stopped within the first epoch, before there were tables
-        tables = (read_parquet(self.folder / f"{n}.parquet", "epoch") for n in ("history", "nodules"))
+        tables = (read_run_table(self.folder / f"{n}.parquet", "epoch") for n in ("history", "nodules"))
         self.history, self.nodules = ([t[t.epoch < epochs]] for t in tables)
 
     def add_nodules(self, table: pd.DataFrame) -> None:
@@ -360,9 +360,9 @@ def checked_steps(t: Trainer) -> pd.DataFrame:
     def check():
         check_finite(steps, t, t.accelerator.scaler is not None)
         check_exploded(steps, first[first.kind == "step"] if t.log.history else steps, t)
+        if not all(w.isfinite().all() for w in t.average.net.state_dict().values()):
+            raise TrainingStopped(f"epoch {t.epoch}: the weights are no longer finite after step {len(steps) - 1}. {t.kept}")
     stop_together(check, t.accelerator)
-    if not all(w.isfinite().all() for w in t.average.net.state_dict().values()):
-        raise TrainingStopped(f"epoch {t.epoch}: the weights are no longer finite after step {len(steps) - 1}. {t.kept}")
     return steps
 
 # %% ../nbs/50_training.ipynb #031
