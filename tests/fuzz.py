@@ -497,7 +497,7 @@ def read_split_values(data: bytes) -> None:
 
 
 INFO = {"tasks": ["seg", "risk", "evidence"], "evidence": list(NAMES)}
-KEPT = {name: ["x", "y"] if name in WORDS else [0.5, 1.0] for name in opened._columns(INFO, DDTI, 3)} | {"predicted": ["2", "4a"]}
+KEPT = {name: ["x", "y"] if name in WORDS else [0.5, 1.0] for name in (*opened._columns(INFO, DDTI), "z0", "z1", "z2")} | {"predicted": ["2", "4a"]}
 
 
 def read_kept(data: bytes | None) -> None:
@@ -505,7 +505,7 @@ def read_kept(data: bytes | None) -> None:
     images = good_manifest().rows
     made = pd.DataFrame({k: v for k, v in KEPT.items() if not k.startswith("z")}).assign(**images[opened._IDS])
     if data is not None: put("kept/images.parquet", data)
-    table, z = opened._kept(WORK / "kept/images.parquet", lambda: (made, np.zeros((2, 3), np.float32)), images, list(KEPT), DDTI)
+    table, z = opened._kept(WORK / "kept/images.parquet", lambda: (made, np.zeros((2, 3), np.float32)), images, opened._columns(INFO, DDTI), DDTI)
     assert {name for name in KEPT if not name.startswith("z")} <= {*table} and z.shape == (2, 3) and np.isfinite(z).all()
     assert opened.most_telling(table).row.isin([0, 1]).all() and table.image_id.tolist() == images.image_id.tolist()
 

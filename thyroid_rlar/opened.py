@@ -157,16 +157,18 @@ _IDS = ["image_id", "case_id", "group", "grade", "grade_index"]
 _MEASURED = ["loss_seg", "loss_risk", "loss_evidence", "dice", "through_z", "cos_map", "norm_seg", "norm_risk", "excess", "excess_shuffled",
              "cos_seg_evidence", "cos_risk_evidence", "norm_evidence", "cos_pooled", "angle"]
 
-def _columns(info: dict, scale: Scale, channels: int) -> list[str]:
-    "Columns of the kept table of a run whose model.json says this: those of `image_table`, and its latents'."
+def _columns(info: dict, scale: Scale) -> list[str]:
+    "Columns of the kept table of a run whose model.json says this: those of `image_table`."
     risk = [*probability_columns(scale), "predicted_index", "predicted", "error"] if "risk" in info["tasks"] else []
     items = [f"{kind}_{name}" for kind in ("measured", "predicted") for name in info["evidence"] if "evidence" in info["tasks"]]
-    return [*_IDS, *_MEASURED, *risk, *items, *(f"z{c}" for c in range(channels))]
+    return [*_IDS, *_MEASURED, *risk, *items]
 
 def _read_kept(path: Path, images: pd.DataFrame, columns: list[str], scale: Scale) -> pd.DataFrame:
     "The kept table of these images, a row for each. DataError where it is none, or cannot be."
     both = read_run_table(path, *columns)
-    both = both[[name for name in both if name in columns]]
+    latents = [f"z{c}" for c in range(both.columns.str.fullmatch(r"z\d+").sum())] or ["z0"]
+    if missing := set(latents) - set(both): raise DataError(path, "columns", f"none named {min(missing)}", "the latents, counted from z0")
+    both = both[[name for name in both if name in columns] + latents]
     if not both.index.equals(images.index): raise DataError(path, "rows", f"{len(both)} rows of other images", "those of the images")
     if not np.isfinite(both.filter(regex=r"^z\d+$")).all(axis=None): raise DataError(path, "latents", "one that is no number", "numbers")
     if "predicted" in both and not both.predicted.isin(scale.grades).all(): raise DataError(path, "predicted", "another grade", scale.grades)
@@ -208,7 +210,7 @@ def open_run(
     scaler = EvidenceScaler.from_dict(info["scaler"])
     if device == "auto" and torch.cuda.is_available() or device == "cuda": trained.net.cuda()
     make = lambda: image_table(trained.net, data, rows, rlar, info["tasks"], info["evidence"], scaler, progress)
-    columns = _columns(info, data.prepared.manifest.scale, trained.net.risk.pool.score.in_channels)
+    columns = _columns(info, data.prepared.manifest.scale)
     kept = inside(folder, f"explore/images-{_table_key(folder, data, rows)}.parquet")
     table, z = _kept(kept, make, data.prepared.manifest.rows.loc[rows], columns, data.prepared.manifest.scale)
     table.insert(4, "split", split[table.index])

@@ -198,7 +198,11 @@ def open_evaluation(e: EvaluationSettings, trained: TrainedRun, progress: bool =
     target = replace(s, source=e.source or s.source, data_dir=e.data_dir, reader=e.reader) if elsewhere else replace(s, reader=e.reader or s.reader)
     if target.source == "phantom" and not e.data_dir and target.data_dir and not (resolve(target.data_dir) / "labels.csv").exists():
         target = replace(target, data_dir=None)                # phantoms are never drawn where a file of the run says
-    manifest = open_source(target, progress)
+    try: manifest = open_source(target, progress)
+    except DataError as error:
+        if e.data_dir or error.field != "folder": raise
+        moved = "where the run's images lie elsewhere now, name their folder in data_dir"
+        raise DataError(error.file, "folder", error.found, f"{error.expected}; {moved}") from error
     if manifest.scale.name != info["scale"] and "seg" not in info["tasks"]:
         raise ParameterError(f"source: grades on scale {manifest.scale.name!r}, the model was trained on {info['scale']!r}; scales are never mapped")
     with preparing(manifest.root): fresh = unseen(manifest, trained.split)
