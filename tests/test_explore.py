@@ -104,7 +104,7 @@ def test_sliders_move_mask_and_grade(opened):
 def test_other_colours(opened, run_dir):
     "Points and bar together."
     run, drawing = open_run(run_dir, progress=False), plots(explorer(opened, 0)).first
-    shown = "p => [p._fullData[1].marker.colorbar.title.text, Array.from(p._fullData[0].marker.color)]"
+    shown = "p => [p._fullData[1].marker.colorbar?.title.text, Array.from(p._fullData[0].marker.color)]"
     for column, name in (("dice", "Dice"), ("angle", "task angle (degrees)"), ("group", "case"), ("grade_index", "grade, reader")):
         opened.choose("colour", name)
         until(lambda column=column: drawing.evaluate(shown)[1] == paint(run, column).colors, f"points coloured by {name}", opened.page)
@@ -229,7 +229,7 @@ def test_in_the_dark(opened, lab):
 LIVE = """from thyroid_rlar.angle_explorer import LiveAngles
 from thyroid_rlar.parameters import check_parameters
 from thyroid_rlar.runs import load_data, make_trainer, open_source, run_folder
-s = check_parameters(dict(source="folder", data_dir="data/phantom", out_dir={folder!r}, image_size="64x96", stride=8, epochs=4, batch_size=4,
+s = check_parameters(dict(source="folder", data_dir="data/phantom", out_dir={folder!r}, image_size="64x96", stride=8, epochs=9, batch_size=4,
                           device="cpu", folds=3))
 make_trainer(s, load_data(s, open_source(s, progress=False), progress=False), run_folder(s), [LiveAngles()]).fit()"""
 
@@ -240,12 +240,12 @@ def test_angles_while_a_run_is_trained(lab, tmp_path):
     opened = lab.open(nbformat.v4.new_notebook(cells=[cell]), "live.ipynb").start()
     drawing, median = plots(explorer(opened, 0)).first, "p => p._fullData.find(t => t.showlegend).x.length"
     seen = {drawing.evaluate(median)}
-    until(lambda: seen.add(drawing.evaluate(median)) or max(seen) == 4, "four epochs are drawn", opened.page, 120)
+    until(lambda: seen.add(drawing.evaluate(median)) or max(seen) == 9, "all epochs are drawn", opened.page, 120)
     assert len(seen) > 1, seen
     opened.settle()
     opened.screenshot(lab.screenshots / "live.png", explorer(opened, 0))
     opened.key("map at epoch", "ArrowLeft", 1)
-    until(lambda: "epoch 0" in drawing.inner_text(), "once it is trained, the slider moves the map", opened.page)
+    until(lambda: "epoch 5" in drawing.inner_text(), "once it is trained, the slider moves the map", opened.page)
     assert not opened.errors and not opened.console, (opened.errors, opened.console)
     opened.close()
 

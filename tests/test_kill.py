@@ -271,7 +271,8 @@ STEPS = {"values": {"loss_seg": torch.ones(2)}, "rows": torch.zeros(2, 4, dtype=
 MANY = torch.ones(1).expand(10**9)                         # a billion rows of four bytes
 CHANGES = {"net": None, "optimizer": {}, "schedule": [], "epoch": -5, "best": {}, "steps": {}, "random": "x", "objective": 3, "count": "x",
            "epoch ": 0.5, "best_epoch": float("nan"), "processes": "x", "processes ": 1.5, "steps  ": STEPS | {"rates": [0.1]},
-           "steps ": STEPS | {"values": {"loss_seg": MANY}, "rows": MANY.view(-1, 1)}, "steps   ": STEPS | {"rates": ["x", "x"]}}
+           "steps ": STEPS | {"values": {"loss_seg": MANY}, "rows": MANY.view(-1, 1)}, "steps   ": STEPS | {"rates": ["x", "x"]},
+           "steps    ": STEPS | {"values": {"x": torch.ones(2)}}}
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +301,10 @@ FORGED = {
     "an end that is near": lambda state: state["schedule"].update(total_steps=1),
     "phases of words": lambda state: state["schedule"]["_schedule_phases"][0].update(end_step="x"),
     "another way": lambda state: state["schedule"].update(_anneal_func_type="x"),
+    "steps that were not taken": lambda state: state["schedule"].update(last_epoch=10**9),
+    "a best epoch to come": lambda state: state.update(best_epoch=10**9),
+    "weights that are no numbers": lambda state: next(iter(state["average"].values())).fill_(float("nan")),
+    "moments that are no numbers": lambda state: state["optimizer"]["state"][0]["exp_avg"].fill_(float("inf")),
 }
 
 
@@ -312,6 +317,24 @@ def test_an_optimizer_or_a_schedule_of_any_values_ends_in_a_sentence(tmp_path, d
     FORGED[name](state)
     torch.save(state, path)
     with pytest.raises(DataError, match="state.pt: content: .*expected a checkpoint of this"): trainer(tmp_path / "run", data).fit(resume=True)
+
+
+SPOILT = {
+    "history of an epoch less": ("history", lambda table: table[table.epoch < 0]),
+    "no nodules": ("nodules", lambda table: table[:0]),
+    "history of epochs alone": ("history", lambda table: table[["epoch"]]),
+    "nodules without rows": ("nodules", lambda table: table.drop(columns="row")),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_tables_that_do_not_go_with_the_checkpoint_are_named(tmp_path, data, cut_short, name):
+    "As in a folder that was copied by half, or taken from another day's backup."
+    shutil.copytree(cut_short, tmp_path / "run")
+    table, spoil = SPOILT[name]
+    path = tmp_path / "run" / f"{table}.parquet"
+    spoil(pd.read_parquet(path)).to_parquet(path)
+    with pytest.raises(DataError, match=f"{table}.parquet: (epoch|content: .*no column)"): trainer(tmp_path / "run", data).fit(resume=True)
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +358,7 @@ def test_a_checkpoint_that_is_no_dictionary_or_packed_is_refused(tmp_path, data,
 @pytest.mark.parametrize("place", ["torch.load", "load_state_dict"])
 def test_a_good_checkpoint_is_not_called_damaged_where_memory_runs_out(tmp_path, data, saved, monkeypatch, place):
     shutil.copytree(saved, tmp_path / "run")
-    run = trainer(tmp_path / "run", data, epochs=2)
+    run = trainer(tmp_path / "run", data, epochs=1)
     if place == "torch.load": monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(10**15))
     else: run.average.net.load_state_dict = lambda _: torch.empty(10**15)
     with pytest.raises(TrainingStopped, match="memory ran out .*[Cc]an.?t allocate memory.* The checkpoint is kept as it is"): run.fit(resume=True)

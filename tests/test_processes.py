@@ -74,6 +74,11 @@ said = ""
 try: trainer.fit()
 except TrainingStopped as stop: said = str(stop)
 
+running = make("running", 0)                           # running statistics, which each process gathers from its own images
+running.fit()
+torch.save(dict(running.net.named_buffers()), folder / f"buffers-{rank}.pt")
+torch.distributed.init_process_group("gloo")
+
 trainer, average = make("not_finite", 0), ""
 if rank == 1: trainer.average.update = lambda net: trainer.average.net.state_dict()["mask.body.1.bias"].fill_(torch.nan)     # its losses stay finite
 try: trainer.fit()
@@ -116,6 +121,13 @@ def test_two_processes_train_as_one_with_the_joined_batch(folder):
     history = [pd.read_parquet(folder / f"run{n}/history.parquet").query("kind == 'epoch'").reset_index(drop=True) for n in (1, 2)]
     for column in ("loss_seg", "loss_risk", "loss_evidence", "dice", "cos_pooled_mean", "excess", "rlar_weight", "strength"):
         np.testing.assert_allclose(history[1][column], history[0][column], rtol=1e-3, atol=1e-4, err_msg=column)
+
+
+def test_running_statistics_are_those_of_all_images(folder):
+    "Each process gathers them from images of its own; at an epoch's end they are averaged, so that all measure the same network."
+    one, other = (torch.load(folder / f"buffers-{rank}.pt", weights_only=True) for rank in range(2))
+    means = [name for name in one if name.endswith("running_mean")]
+    assert len(means) > 10 and all(torch.equal(one[name], other[name]) for name in means)
 
 
 def test_where_one_must_stop_both_do(folder):

@@ -1480,6 +1480,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/thyroid_rlar', 'doc_host':
                                                                                   'thyroid_rlar/survival.py'),
                                        'thyroid_rlar.survival._advice': ('survival.html#_advice', 'thyroid_rlar/survival.py'),
                                        'thyroid_rlar.survival._check_alike': ('survival.html#_check_alike', 'thyroid_rlar/survival.py'),
+                                       'thyroid_rlar.survival._check_finite': ('survival.html#_check_finite', 'thyroid_rlar/survival.py'),
                                        'thyroid_rlar.survival._check_numbers': ('survival.html#_check_numbers', 'thyroid_rlar/survival.py'),
                                        'thyroid_rlar.survival._check_optimizer': ( 'survival.html#_check_optimizer',
                                                                                    'thyroid_rlar/survival.py'),

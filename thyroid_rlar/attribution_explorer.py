@@ -38,7 +38,7 @@ from thyroid_rlar.attribution import (
     sanity_check,
     untrained_weights,
 )
-from .explorers import CONTOURS, Explorer, as_open, beside, facts_html, nodule_facts, side_by_side
+from .explorers import CONTOURS, Explorer, as_open, beside, facts_html, nodule_facts
 from .figures import BLUE, GREY, TEMPLATE, as_text, outline, png_address
 from .opened import OpenRun
 
@@ -330,7 +330,7 @@ def build(self: AttributionExplorer) -> widgets.Widget:
     self.fig, self.facts = self.figure(frame(self.run.image(self.state.row).shape, max(4, len(self.methods)))), widgets.HTML()
     for name in self._controls: self.observe(getattr(self, f"_{name}"), lambda value, name=name: self.choose(**{name: value}))
     choices, looks = (self.chooser(), self._target, self._method), (self._signed, self._detail, self._bar, self._doing)
-    return widgets.VBox([side_by_side(*choices), side_by_side(*looks), self.fig, self.facts])
+    return widgets.VBox([widgets.HBox(row, layout=dict(flex_flow="row wrap")) for row in (choices, looks)] + [self.fig, self.facts])
 
 @patch
 def update(self: AttributionExplorer, changed: set[str]) -> None:

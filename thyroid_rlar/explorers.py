@@ -204,7 +204,7 @@ def step(self: Explorer, by: int) -> None:
 def _but_arrays(told: dict, ours: dict) -> dict:
     "What the page tells of a trace's properties, without those that are arrays of ours."
     return {name: _but_arrays(value, ours[name]) if isinstance(value, dict) and isinstance(ours.get(name), dict) else value
-            for name, value in told.items() if not isinstance(ours.get(name), np.ndarray)}
+            for name, value in told.items() if not isinstance(ours.get(name), np.ndarray | list | tuple)}
 
 class PlotlyScript(anywidget.AnyWidget):
     "plotly's JavaScript, once for all figures of a kernel."

@@ -14,14 +14,6 @@ async function load(manager, id) {
   try { return await import(url); } finally { URL.revokeObjectURL(url); }
 }
 
-// A figure that is closed while it is drawn has nobody to tell, and what plotly is still about needs its element for a moment.
-function closable(model) {
-  const save_changes = () => {
-    try { model.save_changes(); } catch (error) { if (!String(error).includes("no comm channel")) throw error; }
-  };
-  return { ...model, save_changes };
-}
-
 function start(model, make, late) {
   const figure = make();
   figure.initialize({ model });
@@ -40,12 +32,9 @@ export default () => {
       if (!scripts.has(id)) scripts.set(id, load(model.widget_manager, id));
       figure = scripts.get(id).then((plotly) => {
         for (const [name, hear] of heard) model.off(`change:${name}`, hear);
-        return start(closable(model), plotly.default, late);
+        return start(model, plotly.default, late);
       });
     },
-    async render({ model, el }) {
-      const clean = await (await figure).render({ model: closable(model), el });
-      return () => setTimeout(clean, 1000);
-    },
+    render: async (told) => (await figure).render(told),
   };
 };

@@ -159,9 +159,12 @@ def prepare(
         write_whole(folder / "arrays.npy", lambda part: np.save(part, np.stack([d[0] for d in done])))
         index = [{"has_mask": d[2], "flags": sorted(d[3]), **asdict(d[1])} for d in done]
         write_text(folder / "index.json", json.dumps(index))        # last: its presence says the arrays are whole
-    index, arrays = read_whole(folder / "index.json", _read_index), read_whole(folder / "arrays.npy", _read_arrays)
-    if arrays.shape != (len(manifest), 3, *size) or len(index) != len(manifest):
-        raise DataError(folder, "images", arrays.shape, f"{(len(manifest), 3, *size)}: remove this folder, it is made again")
+    try: index, arrays = read_whole(folder / "index.json", _read_index), read_whole(folder / "arrays.npy", _read_arrays)
+    except DataError as e:
+        if e.field not in ("content", "file"): raise                # a disk that fails, say
+        raise DataError(e.file, e.field, e.found, f"a whole one: remove {folder}, it is made again") from e
+    if (arrays.shape, arrays.dtype) != ((len(manifest), 3, *size), np.uint8) or len(index) != len(manifest):
+        raise DataError(folder, "images", f"{arrays.shape} {arrays.dtype}", f"{(len(manifest), 3, *size)}: remove this folder, it is made again")
     if blank := [name for name, row in zip(manifest.rows.image_id, index) if "no_sector" in row["flags"]]:
         warnings.warn(f"no ultrasound sector was found in {len(blank)} of {len(manifest)} images; the network sees black: {', '.join(blank[:10])}",
                       stacklevel=2)

@@ -12,6 +12,7 @@ __all__ = ['CHECKPOINT', 'NO_CHECKPOINT', 'NUMBERS', 'EXPLODED', 'FIRST', 'rando
 import math
 import os
 import random
+import re
 import time
 import warnings
 import zipfile
@@ -102,17 +103,26 @@ def _check_stored(state: dict, size: int) -> None:
         elif isinstance(value, torch.Tensor) and value.numel() * value.element_size() > min(value.untyped_storage().nbytes(), size):
             raise ValueError(f"a tensor of shape {tuple(value.shape)}, for which too little is stored")
 
+def _check_finite(state: dict) -> None:
+    "ValueError for weights or moments that are no numbers: a run stops before it keeps such."
+    moments = [kept for moments in state["optimizer"]["state"].values() for kept in moments.values()]
+    for what, tensors in (("net", state["net"].values()), ("average", state["average"].values()), ("optimizer", moments)):
+        if not all(torch.isfinite(value).all() for value in tensors): raise ValueError(f"{what}: a value that is no number")
+
 def _check_numbers(state: dict, epochs: int) -> None:
     for name in ("epoch", "best_epoch", "count", "processes"):
         if type(state[name]) is not int: raise ValueError(f"{name} {state[name]!r:.40}, no whole number")
     if not isinstance(state["best"], int | float): raise ValueError(f"best {state['best']!r:.40}, no number")
     if not 0 <= state["epoch"] <= epochs: raise ValueError(f"epoch {state['epoch']} of {epochs}")
+    if not -1 <= state["best_epoch"] < state["epoch"]: raise ValueError(f"best_epoch {state['best_epoch']}, in epoch {state['epoch']}")
 
 def _check_steps(state: dict, most: int) -> None:
     "ValueError unless all that is told of the steps of an epoch is told of the same number of them, at most so many."
     rates, rows, values = state["rates"], state.get("rows", ()), list(state["values"].values())
     lengths = {len(rates), len(rows), *map(len, values or [()]), *([len(state["cosines"])] if "cosines" in state else [])}
     if len(lengths) > 1 or max(lengths) > most: raise ValueError(f"columns of {', '.join(map(str, sorted(lengths)))} steps; an epoch has {most}")
+    if unknown := [name for name in state["values"] if not re.fullmatch(r"(loss|weight)_\w+|grad_norm|rlar_weight|penalty|vanished", str(name))]:
+        raise ValueError(f"columns {', '.join(map(str, unknown)):.40}, which no step has")
     if any(column.ndim != 1 for column in values): raise ValueError("columns that do not have one value for each step")
     numbers = (*rates, state["seconds"], state["waited"])
     if not all(isinstance(number, int | float) for number in numbers): raise ValueError("rates or seconds that are no numbers")
@@ -165,8 +175,11 @@ def _put_back(t, state: dict) -> None:
     _check_steps(state["steps"], len(t.loader))
     _check_optimizer(t.optimizer.optimizer, state["optimizer"])
     _check_alike("schedule", state["schedule"], own := t.schedule.state_dict())
-    if not is_over(t.settings, state["epoch"], state["best_epoch"]) and state["schedule"].get("total_steps") != own.get("total_steps"):
-        raise ValueError(f"schedule total_steps {state['schedule']['total_steps']!r:.40}, expected {own['total_steps']}")
+    _check_finite(state)
+    if not is_over(t.settings, state["epoch"], state["best_epoch"]):                  # what is over is only read, by any number of processes
+        done = own | {"last_epoch": state["epoch"] * len(t.loader) + len(state["steps"]["rates"])}
+        for name in ("total_steps", "last_epoch"):
+            if (found := state["schedule"].get(name)) != done.get(name): raise ValueError(f"schedule {name} {found!r:.40}, expected {done.get(name)}")
     for name, part in _parts(t).items(): part.load_state_dict(state[name])
     for name in NUMBERS: setattr(t, name, state[name])
     t.average.count = state["count"]

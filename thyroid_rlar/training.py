@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 # %% ../nbs/50_training.ipynb #005
-from .files import held, read_run_table, write_whole
+from .files import DataError, held, read_run_table, write_whole
 from .instruments import measure, strength
 from .loader import EpochSampler, NoduleData, Split, eval_loader, train_loader
 from .network import MultitaskNet, save_model
@@ -222,8 +222,12 @@ class RunLog:
         "Read the tables back, up to the epoch that the checkpoint stands at: a run killed while writing may be one ahead."
         self.history, self.nodules = [], []
         if not epochs: return                                     # stopped within the first epoch, before there were tables
-        tables = (read_run_table(self.folder / f"{n}.parquet", "epoch") for n in ("history", "nodules"))
-        self.history, self.nodules = ([t[t.epoch < epochs]] for t in tables)
+        for name, columns in (("history", ("kind", "epoch", "split")), ("nodules", ("epoch", "split", "row", "image_id"))):
+            table = read_run_table(path := self.folder / f"{name}.parquet", *columns)
+            found = sorted(set(table.epoch[table.epoch < epochs]))
+            if found != list(range(epochs)):                      # half a copy, or a backup of another day
+                raise DataError(path, "epoch", found, f"0 to {epochs - 1}, as the checkpoint: copy the whole folder, or begin anew without `resume`")
+            setattr(self, name, [table[table.epoch < epochs]])
 
     def add_nodules(self, table: pd.DataFrame) -> None:
         self.nodules.append(table.assign(image_id=[self.image_ids[i] for i in table.row]))
