@@ -198,6 +198,12 @@ def test_a_table_of_any_size_ends_in_a_sentence(tmp_path):
     with Cost(), pytest.raises(DataError, match="1,200,000,000 bytes of text"): read_parquet(tmp_path / "d.parquet")
 
 
+@pytest.mark.parametrize("n, said", [(files.MAX_WIDTH + 1, "5,001 columns, at most 5,000"), (40_000, "a head of .* bytes, at most 4,000,000")])
+def test_a_table_of_very_many_columns_is_refused(tmp_path, n, said):
+    pq.write_table(pa.table({f"p{k}": pa.array([0.]) for k in range(n)}), tmp_path / "t.parquet")
+    with Cost(), pytest.raises(DataError, match=said): read_parquet(tmp_path / "t.parquet")
+
+
 def test_a_giant_text_in_a_small_table_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_LETTERS", 1_000_000)
     def write(values): pq.write_table(pa.table({"image_id": values}), tmp_path / "t.parquet", compression="zstd")

@@ -514,6 +514,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/thyroid_rlar', 'doc_host':
                                     'thyroid_rlar.files.DataError.__init__': ('files.html#dataerror.__init__', 'thyroid_rlar/files.py'),
                                     'thyroid_rlar.files.DataError.__str__': ('files.html#dataerror.__str__', 'thyroid_rlar/files.py'),
                                     'thyroid_rlar.files._announced': ('files.html#_announced', 'thyroid_rlar/files.py'),
+                                    'thyroid_rlar.files._check_head': ('files.html#_check_head', 'thyroid_rlar/files.py'),
                                     'thyroid_rlar.files._check_held': ('files.html#_check_held', 'thyroid_rlar/files.py'),
                                     'thyroid_rlar.files._errno': ('files.html#_errno', 'thyroid_rlar/files.py'),
                                     'thyroid_rlar.files._forget': ('files.html#_forget', 'thyroid_rlar/files.py'),
