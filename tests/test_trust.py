@@ -204,6 +204,16 @@ def test_a_table_of_very_many_columns_is_refused(tmp_path, n, said):
     with Cost(), pytest.raises(DataError, match=said): read_parquet(tmp_path / "t.parquet")
 
 
+def test_a_table_of_millions_of_packed_texts_is_not_walked(tmp_path):
+    packed = pa.DictionaryArray.from_arrays(pa.array(np.zeros(2_000_000, np.int32)), ["x"])
+    pq.write_table(pa.table(dict.fromkeys(("image_id", "case_id"), packed)), tmp_path / "t.parquet", store_schema=False)
+    assert (tmp_path / "t.parquet").stat().st_size < 100_000
+    with Cost(): assert len(files.read_run_table(tmp_path / "t.parquet")) == 2_000_000
+    for bad in (pa.array([b"x", b"\xff"]).view(pa.utf8()), pa.array(["x", None]), pa.array([1, 2]), pa.array([["x"], ["y"]])):
+        pq.write_table(pa.table({"image_id": bad}), tmp_path / "t.parquet")
+        with pytest.raises(DataError, match="column 'image_id'"): files.read_run_table(tmp_path / "t.parquet")
+
+
 def test_a_giant_text_in_a_small_table_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_LETTERS", 1_000_000)
     def write(values): pq.write_table(pa.table({"image_id": values}), tmp_path / "t.parquet", compression="zstd")

@@ -513,6 +513,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/thyroid_rlar', 'doc_host':
             'thyroid_rlar.files': { 'thyroid_rlar.files.DataError': ('files.html#dataerror', 'thyroid_rlar/files.py'),
                                     'thyroid_rlar.files.DataError.__init__': ('files.html#dataerror.__init__', 'thyroid_rlar/files.py'),
                                     'thyroid_rlar.files.DataError.__str__': ('files.html#dataerror.__str__', 'thyroid_rlar/files.py'),
+                                    'thyroid_rlar.files._all_text': ('files.html#_all_text', 'thyroid_rlar/files.py'),
                                     'thyroid_rlar.files._announced': ('files.html#_announced', 'thyroid_rlar/files.py'),
                                     'thyroid_rlar.files._check_head': ('files.html#_check_head', 'thyroid_rlar/files.py'),
                                     'thyroid_rlar.files._check_held': ('files.html#_check_held', 'thyroid_rlar/files.py'),

@@ -342,11 +342,19 @@ def read_parquet(path: str | os.PathLike, *needed: str):
 WORDS = ("image_id", "case_id", "group", "grade", "split", "kind", "digest", "labels", "predicted")
 _MAY_LACK = ("grade", "grade_index", "predicted", "error")
 
+def _all_text(column) -> bool:
+    "Whether each value is a text. The type is asked where it tells, since to ask each of millions of values takes Python seconds."
+    import pandas as pd
+    import pyarrow as pa
+    if not isinstance(column.dtype, pd.StringDtype): return pd.api.types.infer_dtype(column, skipna=False) in ("string", "empty")
+    try: pa.array(column.array).validate(full=True)        # its bytes are looked at only now
+    except (pa.ArrowInvalid, UnicodeError): return False
+    return not column.hasnans
+
 def _is_plain_column(name: str, column) -> bool:
     "Whether a column of a run's table holds what its name says: text, or numbers."
     if name in WORDS and not (name == "grade" and column.dtype.kind == "i"):       # nodules.parquet has its number
-        try: return all(isinstance(value, str) for value in (column.dropna() if name in _MAY_LACK else column))
-        except UnicodeDecodeError: return False            # its bytes are looked at only now
+        return _all_text(column.dropna() if name in _MAY_LACK else column)
     return column.dtype.kind in "biuf" and (name in _MAY_LACK or not hasattr(column.dtype, "na_value"))
 
 def read_run_table(path: str | os.PathLike, *needed: str):
