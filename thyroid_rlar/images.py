@@ -147,6 +147,7 @@ def dicom_head(path: Path, *names: str):
         if size > MAX_VALUE: raise DataError(path, name, f"{size:,} bytes", f"at most {MAX_VALUE:,}")
     return head
 
+# %% ../nbs/04_images.ipynb #ae50fdd7
 # all that pydicom asks of a head to decode its pixels
 _OF_PIXELS = ("PhotometricInterpretation", "Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "PixelRepresentation",
               "PlanarConfiguration", "NumberOfFrames")
