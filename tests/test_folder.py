@@ -11,7 +11,7 @@ from pydicom.pixels import convert_color_space
 from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage
 
 from thyroid_rlar import folder as module
-from thyroid_rlar.files import DataError
+from thyroid_rlar.files import DataError, inside
 from thyroid_rlar.folder import FLAGS, check_mask, dicom_facts, read_folder, read_table
 from thyroid_rlar.images import read_gray
 from thyroid_rlar.phantom import write_phantoms
@@ -207,6 +207,14 @@ def test_each_file_is_decoded_once_however_it_is_named(folder, monkeypatch):
     assert sorted(seen) == ["images/a.png", "images/bad.png", "images/small.png", "images/smaller.png", "masks/a.png"]
     assert ["mask_size" in flags for flags in m.rows["flags"]] == [False] * 6 + [True] and m.rows["mask"].notna().sum() == 6
     assert [name for name, reason in m.left_out.values if "truncated" in reason] == ["bad.png", "./bad.png", "images/bad.png"]
+
+
+@pytest.mark.parametrize("mask", ["a.png", "gone.png", "../../out.png"])
+def test_rows_of_the_same_image_do_not_ask_the_disk_again(folder, monkeypatch, mask):
+    asked = []
+    monkeypatch.setattr(module, "inside", lambda root, path: asked.append(path) or inside(root, path))
+    table(folder, "\n".join(["image,case,grade,reader,mask", *(f"a.png,1,TR4,{k},{mask}" for k in range(300))]))
+    assert len(read(folder).rows) == 300 and len(asked) < 20
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,14 @@ import torch
 from PIL import Image
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless, UltrasoundImageStorage
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGBaseline8Bit,
+    RLELossless,
+    UltrasoundImageStorage,
+)
 
 from thyroid_rlar import files, latent, opened, predictions
 from thyroid_rlar.ddti import MAX_XML, clean_regions, read_case, read_ddti, self_intersects
@@ -189,6 +196,22 @@ def test_a_table_of_any_size_ends_in_a_sentence(tmp_path):
     pq.write_table(pa.table({"image_id": letters}), tmp_path / "d.parquet", store_schema=False)
     assert (tmp_path / "d.parquet").stat().st_size < 2000
     with Cost(), pytest.raises(DataError, match="1,200,000,000 bytes of text"): read_parquet(tmp_path / "d.parquet")
+
+
+@pytest.mark.parametrize("n, said", [(files.MAX_WIDTH + 1, "5,001 columns, at most 5,000"), (40_000, "a head of .* bytes, at most 4,000,000")])
+def test_a_table_of_very_many_columns_is_refused(tmp_path, n, said):
+    pq.write_table(pa.table({f"p{k}": pa.array([0.]) for k in range(n)}), tmp_path / "t.parquet")
+    with Cost(), pytest.raises(DataError, match=said): read_parquet(tmp_path / "t.parquet")
+
+
+def test_a_table_of_millions_of_packed_texts_is_not_walked(tmp_path):
+    packed = pa.DictionaryArray.from_arrays(pa.array(np.zeros(2_000_000, np.int32)), ["x"])
+    pq.write_table(pa.table(dict.fromkeys(("image_id", "case_id"), packed)), tmp_path / "t.parquet", store_schema=False)
+    assert (tmp_path / "t.parquet").stat().st_size < 100_000
+    with Cost(): assert len(files.read_run_table(tmp_path / "t.parquet")) == 2_000_000
+    for bad in (pa.array([b"x", b"\xff"]).view(pa.utf8()), pa.array(["x", None]), pa.array([1, 2]), pa.array([["x"], ["y"]])):
+        pq.write_table(pa.table({"image_id": bad}), tmp_path / "t.parquet")
+        with pytest.raises(DataError, match="column 'image_id'"): files.read_run_table(tmp_path / "t.parquet")
 
 
 def test_a_giant_text_in_a_small_table_is_not_read(tmp_path, monkeypatch):
@@ -546,3 +569,28 @@ def test_a_file_of_very_many_parts_is_refused_at_once(tmp_path):
     start = time.process_time()
     with pytest.raises(DataError, match="20,000 items"): dicom_facts(tmp_path / "a.dcm")
     assert time.process_time() - start < 0.5
+
+
+def dicom_of_parts():
+    "Small DICOM files of very many parts of each kind, by what is said of them."
+    raw, jpeg = dicom(ExplicitVRLittleEndian, bytes(2400)), dicom(JPEGBaseline8Bit, encapsulate([jpeg_of(16, 16)]))
+    implicit = dicom(ImplicitVRLittleEndian, bytes(2400))
+    add = lambda data, mark, more: data[:data.rindex(mark)] + more + data[data.rindex(mark):]
+    pixels, item = b"\xe0\x7f\x10\0", b"\xfe\xff\0\xe0"
+    within = struct.pack("<I", 2_400_000) + 300_000 * struct.pack("<HHI", 0x19, 0x1001, 0)          # the elements of one item
+    return [(add(raw, pixels, 300_000 * struct.pack("<HH2sH", 0x29, 0x1001, b"LO", 0)), "elements: found more than 40,000"),
+            (add(raw, pixels, b"".join(struct.pack("<HH2sH", 0x29, 0x1000 + k, b"LO", 0) for k in range(50_000))), "elements: found more than"),
+            (add(jpeg, b"\xfe\xff\xdd\xe0", 300_000 * (item + bytes(4))), "300,00. items"),
+            (add(raw, pixels, pixels + b"OB\0\0" + bytes(4) + 20_000 * (item + bytes(4))), "20,000 items"),        # behind what looks like the pixels
+            (add(implicit, pixels, struct.pack("<HHI", 0x18, 0x6011, 2_400_008) + item + within), "SequenceOfUltrasoundRegions: found 2,4"),
+            (add(implicit, pixels, struct.pack("<HHI", 0x28, 0x101, 2_000_000) + 1_000_000 * b"\1\0"), "BitsStored: found 2,000,000 bytes")]
+
+
+@pytest.mark.parametrize("k", range(6))
+def test_a_small_dicom_of_very_many_parts_is_refused_at_once(tmp_path, k):
+    data, said = dicom_of_parts()[k]
+    (tmp_path / "a.dcm").write_bytes(data)
+    for look in (dicom_facts, *((examine, read_gray) if "Sequence" not in said else ())):      # only one of them asks for that
+        start = time.process_time()
+        with pytest.raises(DataError, match=said): look(tmp_path / "a.dcm")
+        assert time.process_time() - start < 0.5

@@ -142,10 +142,9 @@ def check_mask(path: Path, shape: tuple[int, int], look: Callable = _examine_mas
     size, flag = look(path)
     return flag if size in (None, tuple(shape)) else "mask_size"
 
-def _find_mask(folder: Path, row: dict, image: str, shape: tuple[int, int], look: Callable) -> tuple[str | None, str]:
-    "Mask file relative to `folder` or None, and its flag."
-    given = row.get("mask")
-    if "mask" in row and given is None: return None, "no_mask"
+def _find_mask(folder: Path, given: str | None, image: str, shape: tuple[int, int], look: Callable) -> tuple[str | None, str]:
+    "Mask file relative to `folder` or None, and its flag; `given` is what the row says, '' where there is no such column."
+    if given is None: return None, "no_mask"
     stem = Path(image.removeprefix("images/"))
     try: path = _lookup(folder, [f"masks/{given}", given] if given else [f"masks/{stem.with_suffix(s)}" for s in MASKS])
     except DataError: return None, "mask_outside"
@@ -193,10 +192,10 @@ def _read_image(folder: Path, name: str, look: Callable) -> tuple[str, ImageFact
     if isinstance(found, DataError): raise DataError(*found.args)
     return path, *found
 
-def _row(folder: Path, row: dict, image: tuple[str, ImageFacts, float, set[str]], look: Callable) -> dict:
-    "Manifest row of a line of the table and its image; `look` examines the mask."
+def _row(row: dict, image: tuple[str, ImageFacts, float, set[str]], find_mask: Callable) -> dict:
+    "Manifest row of a line of the table and its image."
     path, facts, spacing, flags = image
-    drawn, flag = _find_mask(folder, row, path, facts.shape, look)
+    drawn, flag = find_mask(row.get("mask", ""), path, facts.shape)
     mask = drawn if flag in ("", "mask_levels") else None
     flags = flags | ({flag} if flag else set()) | (set() if row["grade"] else {"no_grade"})
     extra = {name: value for name, value in row.items() if name not in REQUIRED | OPTIONAL and name != "line"}
@@ -246,12 +245,13 @@ def read_folder(folder: str | os.PathLike,  # holds labels.csv, images/ and mask
     _check_table(path, table, scale)
     images, rows, left_out = {}, [], {}
     look_at_image, look_at_mask = cache(_examine_image), cache(_examine_mask)          # each file once, however many rows and names it has
+    find_mask = cache(lambda *asked: _find_mask(folder, *asked, look_at_mask))         # to ask the disk is what takes time
     for row in table:
         name = row["image"]
         if name in left_out: continue
         try: images[name] = images.get(name) or _read_image(folder, name, look_at_image)
         except DataError as e: left_out[name] = f"{e.field}: {e.found}"
-        else: rows.append(_row(folder, row, images[name], look_at_mask))
+        else: rows.append(_row(row, images[name], find_mask))
     if not rows: raise DataError(path, "image", "; ".join(f"{n}: {r}" for n, r in [*left_out.items()][:3]), "at least one image that can be read")
     used = {row[name] for row in rows for name in ("image", "_drawn")} | {f"images/{name}" for name in left_out} | left_out.keys()
     manifest = Manifest(_finish(rows), folder, scale, "folder", left_out_table([*left_out.items(), *_strays(folder, used)]))
