@@ -120,13 +120,14 @@ MAX_VALUE = 20_000      # bytes of a value that is asked for; the regions of an 
 
 class _Bounded(io.BufferedReader):
     "A file that gives no more than it has, since a length in a damaged head would be allocated before anything is read, and not too often."
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, longest: int | None = None):
         super().__init__(io.FileIO(path))
-        self.path, self.size, self.reads = path, os.path.getsize(path), 0
+        self.path, self.size, self.reads, self.longest = path, os.path.getsize(path), 0, longest     # the longest value, in bytes
 
     def read(self, size: int | None = -1) -> bytes:
         self.reads += 1
         if self.reads > MAX_READS: raise DataError(self.path, "elements", f"more than {MAX_READS:,} reads to get them", "fewer")
+        if self.longest and (size or 0) > self.longest: raise DataError(self.path, "elements", f"one of {size:,} bytes", f"at most {self.longest:,}")
         return super().read(size if size is None or size < 0 else min(size, max(0, self.size - self.tell())))
 
 def dicom_head(path: Path, *names: str):
@@ -141,11 +142,7 @@ def dicom_head(path: Path, *names: str):
     if syntax == RLELossless: check_size(path, MAX_RLE)
     if syntax in (JPEGBaseline8Bit, JPEGExtended12Bit): _check_scans(path)
     if (items := _items(path)) > MAX_PARTS: raise DataError(path, "sequences and pixels", f"{items:,} items", f"at most {MAX_PARTS:,}")
-    with _Bounded(path) as file: head = dcmread(file, stop_before_pixels=True, specific_tags=list(names))
-    for name in names:
-        size = len(getattr(head.get_item(name), "value", None) or "")         # bytes, or the items of a sequence
-        if size > MAX_VALUE: raise DataError(path, name, f"{size:,} bytes", f"at most {MAX_VALUE:,}")
-    return head
+    with _Bounded(path, MAX_VALUE) as file: return dcmread(file, stop_before_pixels=True, specific_tags=list(names))
 
 # %% ../nbs/04_images.ipynb #ae50fdd7
 # all that pydicom asks of a head to decode its pixels
