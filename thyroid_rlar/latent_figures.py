@@ -282,7 +282,7 @@ def plane_figure(run: OpenRun, found: Plane, seg: float = 0.0, risk: float = 0.0
     fig.update_xaxes(title_text="segmentation step / |z|", range=[-REACH, REACH])
     fig.update_yaxes(title_text="risk step / |z|", range=[-REACH, REACH], col=1)
     said = "Lines: where the predicted grade changes (hover for the grade). Cross: the chosen step."
-    fig.add_annotation(text=said, x=0, y=-0.28, xref="paper", yref="paper", xanchor="left", yanchor="top", showarrow=False, font_size=12)
+    fig.add_annotation(text=said, x=0, y=-0.35, xref="paper", yref="paper", xanchor="left", yanchor="top", showarrow=False, font_size=12)
     return fig.update_layout(template=TEMPLATE, height=330, width=850, showlegend=False, margin=dict(l=60, r=20, t=40, b=90))
 
 def redraw_plane(fig: go.Figure, run: OpenRun, found: Plane) -> None:
