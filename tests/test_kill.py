@@ -385,7 +385,7 @@ def test_one_wrong_bit_in_a_checkpoint_is_noticed(tmp_path, data):
 def test_another_number_of_processes_does_not_go_on(tmp_path, data, whole):
     trainer(tmp_path, data).fit()
     state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
-    torch.save(state | {"epoch": 1, "processes": 2}, tmp_path / CHECKPOINT)
+    torch.save(state | {"epoch": 1, "best_epoch": 0, "processes": 2}, tmp_path / CHECKPOINT)
     with pytest.raises(DataError, match="processes: found 1, expected 2, as it began: accelerate launch --num_processes 2"):
         trainer(tmp_path, data).fit(resume=True)
     torch.save(state | {"processes": 2}, tmp_path / CHECKPOINT)           # trained to its end: only read
