@@ -55,11 +55,11 @@ def test_memory_that_ran_out_behind_our_own_error_is_found():
 
 
 def test_memory_is_found_that_is_given_back_and_less_than_an_earlier_peak(monkeypatch):
-    monkeypatch.setattr(fuzz, "MEGABYTES", 50)
+    monkeypatch.setattr(fuzz, "MEGABYTES", 100)
     def takes(data: bytes) -> None: np.zeros(int(data) << 20, np.uint8)[::4096] = 1             # each page
-    for mb, expected in ((90, "crash"), (60, "crash"), (30, "record")):
+    for mb, expected in ((250, "crash"), (150, "crash"), (50, "record")):
         with fuzz.bounded(): how, _, memory, error = fuzz.attempt(takes, str(mb).encode())
-        assert how == expected and mb - 5 < memory < mb + 10, (mb, memory, error)
+        assert how == expected and abs(memory - mb) < 40, (mb, memory, error)       # what else this process takes or gives back meanwhile
 
 
 def ends_well(name: str, data: bytes) -> None:
