@@ -483,6 +483,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/thyroid_rlar', 'doc_host':
                                         'thyroid_rlar.explorers.beside': ('explorers.html#beside', 'thyroid_rlar/explorers.py'),
                                         'thyroid_rlar.explorers.facts_html': ('explorers.html#facts_html', 'thyroid_rlar/explorers.py'),
                                         'thyroid_rlar.explorers.heading': ('explorers.html#heading', 'thyroid_rlar/explorers.py'),
+                                        'thyroid_rlar.explorers.in_a_row': ('explorers.html#in_a_row', 'thyroid_rlar/explorers.py'),
                                         'thyroid_rlar.explorers.nodule_facts': ('explorers.html#nodule_facts', 'thyroid_rlar/explorers.py'),
                                         'thyroid_rlar.explorers.picture': ('explorers.html#picture', 'thyroid_rlar/explorers.py'),
                                         'thyroid_rlar.explorers.redraw': ('explorers.html#redraw', 'thyroid_rlar/explorers.py'),

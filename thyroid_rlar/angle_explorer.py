@@ -22,7 +22,7 @@ from IPython.display import display
 from plotly.subplots import make_subplots
 
 # %% ../nbs/84_angle_explorer.ipynb #b196d7e4
-from .explorers import Explorer, as_open
+from .explorers import Explorer, as_open, in_a_row
 from .figures import BLUE, GREEN, ORANGE, PURPLE, SKY, TEMPLATE, VERMILLION, as_text, cosine_quantiles
 from .files import read_run_table, resolve
 from .latent import MAPS, LatentMap, saved_latents
@@ -238,8 +238,7 @@ def build(self: AngleExplorer) -> widgets.Widget:
     self.points = next(self.fig.select_traces({"name": "map: nodules"}))
     self.points.on_click(self._clicked)
     c = self.controls
-    rows = (self.chooser(), c["where"], c["split"]), (c["method"], c["epoch"])
-    return widgets.VBox([widgets.HBox(row, layout=dict(flex_flow="row wrap")) for row in rows] + [self.note, self.fig])
+    return widgets.VBox([in_a_row(self.chooser(), c["where"], c["split"]), in_a_row(c["method"], c["epoch"]), self.note, self.fig])
 
 @patch
 def update(self: AngleExplorer, changed: set[str]) -> None:

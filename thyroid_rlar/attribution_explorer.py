@@ -38,7 +38,7 @@ from thyroid_rlar.attribution import (
     sanity_check,
     untrained_weights,
 )
-from .explorers import CONTOURS, Explorer, as_open, beside, facts_html, nodule_facts
+from .explorers import CONTOURS, Explorer, as_open, beside, facts_html, in_a_row, nodule_facts
 from .figures import BLUE, GREY, TEMPLATE, as_text, outline, png_address
 from .opened import OpenRun
 
@@ -329,8 +329,8 @@ def build(self: AttributionExplorer) -> widgets.Widget:
     self._bar, self._doing = widgets.IntProgress(layout=dict(width="90px", visibility="hidden")), widgets.Label("")
     self.fig, self.facts = self.figure(frame(self.run.image(self.state.row).shape, max(4, len(self.methods)))), widgets.HTML()
     for name in self._controls: self.observe(getattr(self, f"_{name}"), lambda value, name=name: self.choose(**{name: value}))
-    choices, looks = (self.chooser(), self._target, self._method), (self._signed, self._detail, self._bar, self._doing)
-    return widgets.VBox([widgets.HBox(row, layout=dict(flex_flow="row wrap")) for row in (choices, looks)] + [self.fig, self.facts])
+    choices, looks = in_a_row(self.chooser(), self._target, self._method), in_a_row(self._signed, self._detail, self._bar, self._doing)
+    return widgets.VBox([choices, looks, self.fig, self.facts])
 
 @patch
 def update(self: AttributionExplorer, changed: set[str]) -> None:
@@ -360,8 +360,9 @@ def ask(self: AttributionExplorer) -> None:
     missing = {name: self.asked(name) for name in self.methods if self.attributor.cached(*self.asked(name)) is None}
     jobs = [(name, partial(self.attributor, *what)) for name, what in missing.items()]
     key, job = self._detail_job()
-    if key is not None and key not in self._details: jobs.append((DETAILS[self.state.detail], job))
-    if self.state.detail == "random": untrained_weights(self.run.net.settings, 0)       # here, and not in the thread: see there
+    if key is not None and key not in self._details:
+        if self.state.detail == "random": untrained_weights(self.run.net.settings, 0)       # here, and not in the thread: see there
+        jobs.append((DETAILS[self.state.detail], job))
     self._bar.layout.visibility, self._doing.value = "visible" if jobs else "hidden", ""
     if jobs: self.work("maps", self._compute(jobs), self._tell)
 
