@@ -82,7 +82,8 @@ def test_a_click_opens_a_nodule_and_arrows_move_on(opened, run_dir):
     opened.click_point(drawing, (xs[other], ys[other]))
     until(lambda: chosen(box) != before, "the click opens another nodule", opened.page)
     clicked = chosen(box)
-    box.locator(".widget-label:text-is('nodule')").click()                  # the explorer has the focus
+    box.locator(".widget-label:text-is('nodule')").click()
+    until(lambda: box.evaluate("e => e === document.activeElement"), "the explorer has the focus", opened.page)   # the list had it for a moment
     opened.page.keyboard.press("ArrowRight")
     until(lambda: chosen(box) != clicked, "the arrow key goes on", opened.page)
     opened.page.keyboard.press("ArrowLeft")

@@ -1,15 +1,8 @@
 const KINDS = ["addTraces", "deleteTraces", "moveTraces", "restyle", "relayout", "update", "animate", "removeLayoutProps", "removeTraceProps"];
 const scripts = (globalThis.thyroidRlarScripts ??= new Map());
 
-// While plotly's script runs, which can take seconds, the page does nothing else. A widget that is not ready within two seconds is given up by
-// anywidget, so those that have just come are let through first.
-async function quiet() {
-  while (performance.now() - scripts.newest < 300) await new Promise((done) => setTimeout(done, 50));
-}
-
 async function load(manager, id) {
   const script = await manager.get_model(id);
-  await quiet();
   const url = URL.createObjectURL(new Blob([script.get("text")], { type: "text/javascript" }));
   try { return await import(url); } finally { URL.revokeObjectURL(url); }
 }
@@ -28,7 +21,6 @@ export default () => {
       const id = model.get("script").replace("IPY_MODEL_", ""), late = [];
       const heard = KINDS.map((kind) => `_py2js_${kind}`).map((name) => [name, () => { if (model.get(name)) late.push([name, model.get(name)]); }]);
       for (const [name, hear] of heard) model.on(`change:${name}`, hear);
-      scripts.newest = performance.now();
       if (!scripts.has(id)) scripts.set(id, load(model.widget_manager, id));
       figure = scripts.get(id).then((plotly) => {
         for (const [name, hear] of heard) model.off(`change:${name}`, hear);
