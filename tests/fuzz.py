@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -488,7 +487,7 @@ def read_split(data: bytes | None) -> None:
     if data is not None: put("trained/split.parquet", data)
     trained = predictions.load_run(run)
     assert predictions.unseen(m, trained.split).dtype == bool
-    assert set(opened._split_of(SimpleNamespace(prepared=SimpleNamespace(manifest=m)), trained)) <= {*PARTS, "", "new"}
+    assert set(opened._split_of(m, trained.split)[0]) <= {*PARTS, "", "new"}
     runs.check_split(pd.DataFrame(RUN_TABLES["split"]), run)
 
 

@@ -2,7 +2,7 @@
 
     python tests/kill.py FOLDER writes           # in the first write of each of a run's files, before and after it takes its place
     python tests/kill.py FOLDER moments=20       # at 20 random moments, in processes that are forked from one that has imported everything
-    python tests/kill.py FOLDER kernels=100 --out data/results/kills.json      # at 100 random moments, papermill's kernels: an hour
+    python tests/kill.py FOLDER kernels=100 --out data/results/kills.json      # at 100 random moments, papermill's kernels: half an hour
 
 FOLDER gets the runs; `whole` in it is the one that is left alone, and writes no checkpoint within an epoch. The last line printed
 is the result as JSON.
@@ -178,12 +178,13 @@ def state_of(folder: Path) -> dict:
 
 def kill_at_moments(root: Path, kills: int, start: Callable[[Path], int], survives: Callable[[int, float], bool], most: float, seed: int,
                     keep: Callable[[dict], None]) -> None:
-    "Runs that are killed in each life when it has used a random number of CPU seconds up to `most`; after enough kills the last one ends."
+    "Runs that are killed in each life when it has used a random number of CPU seconds up to `most`, eight times at most each; all end at last."
     rng, moments, found, begin = np.random.default_rng(seed), [], {}, time.monotonic()
     enough = False
     while not enough:
         folder, enough = root / f"run-{len(found)}", len(moments) >= kills
-        moment = np.inf if enough else rng.uniform(0, most)
+        tired = sum(past["run"] == len(found) for past in moments) >= 8       # or most kills would meet runs that have little left to do
+        moment = np.inf if enough or tired else rng.uniform(0, most)
         if survives(start(folder), moment): found[len(found)] = differences(folder, root.parent / "whole")
         else: moments.append({"run": len(found), "cpu_seconds": round(moment, 2)} | state_of(folder))
         different = {run: names for run, names in found.items() if names}
@@ -225,7 +226,7 @@ def main() -> None:
     prepare()
     ended(forked(root / "whole", checkpoint_seconds=600, resume=False))
     alone = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-    most = {"moments": alone, "kernels": 1.2 * (alone + time.process_time())}      # a kernel has all to import first, and some lives must end
+    most = {"moments": alone, "kernels": alone + time.process_time()}      # a kernel has all to import first
 
     def keep(how: str, found: dict) -> None:
         result[how] = found

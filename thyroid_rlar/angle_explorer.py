@@ -252,8 +252,7 @@ def update(self: AngleExplorer, changed: set[str]) -> None:
         if changed & {"row", "epoch", "method"}: self._draw_map()
         if "method" in changed: self._dress_axes(self.fig, self.map())
         if changed & {"where", "split", "epoch"}: self._say_what(self.fig)
-    if "method" in changed and self.state.method not in self.maps._maps and not self.working("map"):
-        self.work("map", self.maps.make_map(), lambda done: done and self._map_made())
+    if "method" in changed and not self.working("map"): self._make_map()
     self.note.value = escape(" ".join(self.words()))
 
 # %% ../nbs/84_angle_explorer.ipynb #4aedbede
@@ -267,6 +266,10 @@ def _draw_courses(self: AngleExplorer) -> None:
 def _draw_map(self: AngleExplorer) -> None:
     drawn = self.map()
     for name, (x, y) in self.places(drawn).items(): next(self.fig.select_traces({"name": f"map: {name}"})).update(x=x, y=y)
+
+@patch
+def _make_map(self: AngleExplorer) -> None:
+    if self.state.method not in self.maps._maps: self.work("map", self.maps.make_map(), lambda done: done and self._map_made())
 
 @patch
 def _map_made(self: AngleExplorer) -> None:
@@ -305,8 +308,8 @@ def refresh(self: AngleExplorer, history: pd.DataFrame, nodules: pd.DataFrame) -
     self.run.history, self.run.nodules = history, nodules
     epochs = self.run.epochs()
     if epochs:                                            # maps are fitted anew, on the last epoch so far
-        z = saved_latents(self.run.folder)[epochs[-1]].reindex(self.maps.run.table.image_id.astype(str))
-        self.maps = LatentExplorer(replace(self.maps.run, latents=z.to_numpy(np.float32)), method=self.state.method)
+        z = saved_latents(self.run.folder)[epochs[-1]].reindex(self.run.table.image_id.astype(str))
+        self.maps = LatentExplorer(replace(self.run, latents=z.to_numpy(np.float32)), method=self.state.method)
     last = (epochs or [-1])[-1]
     self.state = replace(self.state, epoch=last)
     if self._view is None: return
@@ -318,7 +321,9 @@ def refresh(self: AngleExplorer, history: pd.DataFrame, nodules: pd.DataFrame) -
     if list(slider.options) != epochs: slider.options = epochs or _NONE        # which sets the slider, and with it the state, to the first of them
     self.choose(epoch=last)
     slider.value, slider.disabled = last, len(epochs) < 2
+    self._make_map()
 
+# %% ../nbs/84_angle_explorer.ipynb #462c0b3f
 class LiveAngles:
     "A trainer's callback: the angle explorer, updated at each epoch's end."
     def __init__(self, beside: Sequence[str | Path | Course] = ()):

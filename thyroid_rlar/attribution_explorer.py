@@ -24,6 +24,7 @@ from plotly.subplots import make_subplots
 
 # %% ../nbs/86_attribution_explorer.ipynb #bde3851a
 from thyroid_rlar.attribution import (
+    HIGHEST,
     METHODS,
     Attribution,
     Attributor,
@@ -200,6 +201,7 @@ class AttributionExplorer(Explorer):
         super().check(state)
         for name, allowed in (("target", self.targets), ("method", self.methods), ("detail", DETAILS)):
             if getattr(state, name) not in allowed: raise ValueError(f"{name}: found {getattr(state, name)!r}, expected one of {', '.join(allowed)}")
+        if not isinstance(state.signed, bool): raise ValueError(f"signed: found {state.signed!r}, expected True or False")
 
 # %% ../nbs/86_attribution_explorer.ipynb #713ec59d
 @patch
@@ -342,13 +344,15 @@ def update(self: AttributionExplorer, changed: set[str]) -> None:
 def refresh(self: AttributionExplorer) -> None:
     "Show what is known."
     with self.fig.batch_update(): self.fill(self.fig)
-    self.facts.value = facts_html(nodule_facts(self.run, self.state.row) | _numbers(self.attributor.cached(*self.asked())))
+    self.facts.value = facts_html(nodule_facts(self.run, self.state.row) | self._numbers(self.attributor.cached(*self.asked())))
 
-def _numbers(a: Attribution | None) -> dict[str, str]:
+@patch
+def _numbers(self: AttributionExplorer, a: Attribution | None) -> dict[str, str]:
     if a is None: return {}
     of = UNITS[a.target.kind]
     found = {"target": f"{_number(a.value)} ({of}); {_number(a.value - a.difference)} on the {a.method.baseline} baseline"}
     if a.target.kind == "mask": found["target"] += ", mean over the predicted mask, or the whole sector where it finds none"
+    if a.target.kind == "next" and self.subject().grade == len(self.run.scale) - 1: found["target"] += f", of {HIGHEST}"
     if a.method.name != "integrated_gradients": return found          # of no other the sum is to be the difference
     return found | {"sum of the map": f"{_number(a.total)}, of a difference of {_number(a.difference)}, in {a.steps or a.method.steps} steps"}
 

@@ -78,7 +78,8 @@ class LatentExplorer(Explorer):
             if getattr(state, name) not in allowed: raise ValueError(f"{name}: found {getattr(state, name)!r}, expected one of {allowed}")
         if not isinstance(state.orthogonal, bool): raise ValueError(f"orthogonal: found {state.orthogonal!r}, expected True or False")
         for name in ("seg", "risk"):
-            if not abs(getattr(state, name)) <= REACH: raise ValueError(f"{name}: found {getattr(state, name)}, expected -{REACH} to {REACH}")
+            value = getattr(state, name)
+            if np.ndim(value) or not abs(value) <= REACH: raise ValueError(f"{name}: found {value}, expected -{REACH} to {REACH}")
         if (self.run.table.index.get_indexer(list(state.picked)) < 0).any():
             raise ValueError(f"picked: found rows {state.picked[:5]}, expected some of the run's {len(self.run.table)} images")
 

@@ -159,6 +159,7 @@ def cohort_list(run: OpenRun, rows: Sequence[int]) -> str:
     data = base64.b64encode(as_csv(table).encode()).decode()
     link = f"<a download='cohort.csv' style='text-decoration:underline' href='data:text/csv;base64,{data}'>save all {len(table)} as CSV</a>"
     first = table[[c for c in ("image_id", "grade", "predicted", "dice", "angle") if c in table]].head(8).rename(columns={"angle": "angle (°)"})
+    first = first.assign(**first.select_dtypes(exclude="number").fillna(""))
     return link + first.to_html(index=False, border=0, na_rep="", escape=True, float_format="{:.2f}".format)
 
 # %% ../nbs/81_latent_figures.ipynb #1c710514

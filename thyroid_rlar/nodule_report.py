@@ -20,7 +20,7 @@ import pandas as pd
 from skimage.measure import label, regionprops
 
 # %% ../nbs/88_nodule_report.ipynb #4c6ebddb
-from .attribution import METHODS, Method, Target, attribute, look
+from .attribution import HIGHEST, METHODS, Method, Target, attribute, look
 from .attribution_explorer import colour_limit, overlay, unit
 from .calculator import Calculation, calculation_html, calculation_of, calculator_html
 from .evaluation import probability_columns
@@ -150,7 +150,8 @@ def nodule_report(run: OpenRun, row: int, attributions: Mapping[str, np.ndarray]
     p = r[columns].to_numpy(float) if set(columns) <= set(r.index) else None
     entry = manifest.rows.loc[row]
     facts = nodule_facts(run, row) | ({"flags": ", ".join(entry["flags"])} if entry["flags"] else {})
-    calculation = calculation_of(entry, None if "size_cm" in entry else size_mm(manifest.load(row)[1], entry.spacing_mm))
+    measured = pd.notna(pd.to_numeric(entry.get("size_cm"), errors="coerce"))
+    calculation = calculation_of(entry, None if measured else size_mm(manifest.load(row)[1], entry.spacing_mm))
     grade = r.grade if isinstance(r.grade, str) else None
     return NoduleReport(str(r.image_id), facts | {"run": run.name}, run.scale, image, run.contour(row), run.predicted(row), grade, p,
                         evidence, missing, angle_of(run, row), calculation, dict(attributions or {}))
@@ -160,7 +161,8 @@ def attributed(run: OpenRun, row: int, method: Method | None = None) -> dict[str
     "Maps (h,w) by name, for `nodule_report`: of the mask, and of the log-odds of a grade above the predicted one, where the run was trained on them."
     batch, method = run.batch(row), method or Method()
     subject = look(run.net, batch["image"], batch["valid"])
-    asked = {"seg": ("the mask", Target("mask")), "risk": ("the next grade", Target("next"))}
+    risk = HIGHEST if subject.grade == len(run.scale) - 1 else "the next grade"
+    asked = {"seg": ("the mask", Target("mask")), "risk": (risk, Target("next"))}
     found = {what: attribute(run.net, subject, target, method) for task, (what, target) in asked.items() if task in run.tasks}
     delta = lambda a: f", convergence delta {100 * abs(a.delta / a.difference):.2g} %" if a.delta == a.delta and a.difference else ""
     return {f"{METHODS[method.name]}, {what} ({unit(a)}){delta(a)}": a.map for what, a in found.items()}
@@ -295,7 +297,8 @@ def _angle(r: NoduleReport) -> str:
         degrees = "" if np.isnan(a["degrees"]) else f" ({a['degrees']:.1f}°)"
         strip, value = _strip({"model": a["percentile"]}), show(a["value"]) + degrees
         rows += f"<tr><td>{a['name']}{unit}</td><td>{strip}</td><td>{value}</td><td>{a['n']}</td></tr>"
-    why = "" if r.angle.value[:2].notna().all() else "<p>The angle needs both a reader's contour and a grade.</p>"
+    why = "The run was not trained on both tasks" if "not trained" in r.facts else "The angle needs both a reader's contour and a grade"
+    why = "" if r.angle.value[:2].notna().all() else f"<p>{why}.</p>"
     return (f"<table class='plain'><tr class='head'><th></th><th>percentile of the run's images</th><th>this nodule</th><th>n</th></tr>"
             f"<tr><td></td><td>{_axis()}</td><td></td><td></td></tr>{rows}</table>{why}"
             "<p>Between the gradients of the two task losses at z, in evaluation mode. 90° (cosine 0): the tasks do not meet; "

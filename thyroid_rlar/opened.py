@@ -27,8 +27,9 @@ from .latent import saved_latents
 from .loader import NoduleData, eval_loader
 from .network import MultitaskNet, Output
 from .parameters import ParameterError, make_rlar, typed_parameters
-from .predictions import TrainedRun, check_evaluation, evidence_table, load_run, open_evaluation, tasks_on
+from .predictions import check_evaluation, evidence_table, load_run, open_evaluation, tasks_on
 from .radiomics import EvidenceScaler
+from .records import Manifest
 from .rlar import RLAR
 from .tirads import Scale
 from .training import Trainer
@@ -49,6 +50,7 @@ class OpenRun:
     history: pd.DataFrame = field(default_factory=pd.DataFrame)   # of history.parquet
     nodules: pd.DataFrame = field(default_factory=pd.DataFrame)   # of nodules.parquet: watched images, epoch by epoch
     folder: Path | None = None   # None: a run that lives in memory only
+    others: frozenset[str] = frozenset()     # image ids that are not of the run's own files
 
     def __post_init__(self): self._outputs, self._weights = lru_cache(16)(self._output), tuple(self.net.parameters())
 
@@ -112,7 +114,7 @@ def epochs(self: OpenRun) -> list[int]:
 @patch
 def watched(self: OpenRun) -> np.ndarray:
     "(n,) bool: the images that training followed from epoch to epoch."
-    return self.table.image_id.isin(set(self.nodules.image_id) if len(self.nodules) else ()).to_numpy()
+    return self.table.image_id.isin(set(self.nodules.image_id) - self.others if len(self.nodules) else ()).to_numpy()
 
 # %% ../nbs/78_opened.ipynb #7858908e
 def image_table(net: MultitaskNet, data: NoduleData, rows: Sequence[int], rlar: RLAR, tasks: Sequence[str], evidence: Sequence[str],
@@ -125,8 +127,8 @@ def image_table(net: MultitaskNet, data: NoduleData, rows: Sequence[int], rlar: 
     found = found.set_index("row")
     probabilities, answers = (found.filter(regex=rf"^{kind}\d+$") for kind in "pe")
     kept = found.drop(columns=[*probabilities, *answers, "curvature_seg", "curvature_risk"])
-    if "seg" not in tasks: kept["dice"] = np.nan                              # of a head that nobody trained
-    if not {"seg", "risk"} <= set(tasks): kept[["cos_map", "cos_pooled"]] = np.nan
+    nobodys = [f"norm_{task}" for task in ("seg", "risk") if task not in tasks] + ["dice"] * ("seg" not in tasks)    # of a head that nobody trained
+    kept[nobodys + ["cos_map", "cos_pooled"] * (not {"seg", "risk"} <= set(tasks))] = np.nan
     table = manifest.rows.loc[found.index, ["image_id", "case_id", "group", "grade", "grade_index"]].join(kept)
     table["angle"] = np.degrees(np.arccos(table[f"cos_{rlar.where}"].clip(-1, 1)))
     if "risk" in tasks:
@@ -140,10 +142,11 @@ def image_table(net: MultitaskNet, data: NoduleData, rows: Sequence[int], rlar: 
     return table, z
 
 # %% ../nbs/78_opened.ipynb #1cb93da7
-def _split_of(data: NoduleData, trained: TrainedRun) -> np.ndarray:
-    "The part that each image of a data set had in the run: train, val, test, or new."
-    part = dict(zip(trained.split.image_id.astype(str), trained.split.split))
-    return np.array([part.get(str(name), "new") for name in data.prepared.manifest.rows.image_id], object)
+def _split_of(manifest: Manifest, split: pd.DataFrame) -> tuple[np.ndarray, frozenset[str]]:
+    "The part that each image had in the run, known by its file: train, val, test or new; and the names that are not the run's, or of another file."
+    digests, names = [digest(inside(manifest.root, path)) for path in manifest.rows.image], manifest.rows.image_id.astype(str)
+    part, own = dict(zip(split.digest, split.split)), set(zip(split.image_id.astype(str), split.digest))
+    return np.array([part.get(d, "new") for d in digests], object), frozenset(name for name, d in zip(names, digests) if (name, d) not in own)
 
 def _table_key(folder: Path, data: NoduleData, rows: Sequence[int]) -> str:
     "What the kept table depends on, as a fingerprint."
@@ -204,8 +207,8 @@ def open_run(
         raise ParameterError(f"source: found grades on scale {scale!r}, the model's are on {info['scale']!r}; they are never set beside each other")
     history = read_run_table(folder / "history.parquet", "kind", "split", "epoch")
     nodules = read_run_table(folder / "nodules.parquet", "epoch", "split", "image_id")
-    split, names = _split_of(data, trained), data.prepared.manifest.rows.image_id
-    shown = (split != "train") | names.isin(set(nodules.image_id)).to_numpy() if images == "unseen" else np.ones(len(split), bool)
+    (split, others), names = _split_of(data.prepared.manifest, trained.split), data.prepared.manifest.rows.image_id
+    shown = (split != "train") | names.isin(set(nodules.image_id) - others).to_numpy() if images == "unseen" else np.ones(len(split), bool)
     rows, rlar = np.flatnonzero(shown), make_rlar(trained.settings)
     scaler = EvidenceScaler.from_dict(info["scaler"])
     if device == "auto" and torch.cuda.is_available() or device == "cuda": trained.net.cuda()
@@ -214,7 +217,7 @@ def open_run(
     kept = inside(folder, f"explore/images-{_table_key(folder, data, rows)}.parquet")
     table, z = _kept(kept, make, data.prepared.manifest.rows.loc[rows], columns, data.prepared.manifest.scale)
     table.insert(4, "split", split[table.index])
-    return OpenRun(folder.name, trained.net, data, table, z, info["tasks"], rlar, info["evidence"], scaler, history, nodules, folder)
+    return OpenRun(folder.name, trained.net, data, table, z, info["tasks"], rlar, info["evidence"], scaler, history, nodules, folder, others)
 
 # %% ../nbs/78_opened.ipynb #39e42d5c
 def open_trainer(trainer: Trainer, name: str = "live") -> OpenRun:
@@ -230,13 +233,14 @@ def open_trainer(trainer: Trainer, name: str = "live") -> OpenRun:
 
 # %% ../nbs/78_opened.ipynb #a1273df8
 def most_telling(table: pd.DataFrame, n: int = 3) -> pd.DataFrame:
-    "Up to n images for each reason, none twice, of `image_table`; columns row and why. Reasons that the table cannot give are left out."
+    "Up to n images for each reason, none twice, of `image_table`; columns row and why. Reasons that table or images do not give are left out."
     reasons = {"largest conflict": ("angle", False), "worst Dice": ("dice", True), "worst grade": ("error", False), "most agreeing": ("angle", True)}
     taken, found = set(), []
     for why, (column, ascending) in reasons.items():
         if column not in table: continue
         value = table[column].abs() if column == "error" else table[column]
-        order = [row for row in value.dropna().sort_values(ascending=ascending, kind="stable").index if row not in taken]
+        given = {"largest conflict": value > 90, "worst grade": value > 0, "most agreeing": value < 90}.get(why, value.notna())
+        order = [row for row in value[given].sort_values(ascending=ascending, kind="stable").index if row not in taken]
         taken.update(order[:n])
         found += [{"row": row, "why": why} for row in order[:n]]
     return pd.DataFrame(found, columns=["row", "why"])
