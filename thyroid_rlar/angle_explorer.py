@@ -276,6 +276,7 @@ def _map_made(self: AngleExplorer) -> None:
     with self.fig.batch_update(): self._draw_map(), self._dress_axes(self.fig, self.map())
     self.note.value = escape(" ".join(self.words()))
 
+# %% ../nbs/84_angle_explorer.ipynb #2956b15a
 @patch
 def words(self: AngleExplorer) -> list[str]:
     "What must be said beside the figure."
