@@ -127,8 +127,9 @@ def image_table(net: MultitaskNet, data: NoduleData, rows: Sequence[int], rlar: 
     found = found.set_index("row")
     probabilities, answers = (found.filter(regex=rf"^{kind}\d+$") for kind in "pe")
     kept = found.drop(columns=[*probabilities, *answers, "curvature_seg", "curvature_risk"])
-    nobodys = [f"norm_{task}" for task in ("seg", "risk") if task not in tasks] + ["dice"] * ("seg" not in tasks)    # of a head that nobody trained
-    kept[nobodys + ["cos_map", "cos_pooled"] * (not {"seg", "risk"} <= set(tasks))] = np.nan
+    if "seg" not in tasks: kept[["dice", "norm_seg"]] = np.nan                # of a head that nobody trained
+    if "risk" not in tasks: kept["norm_risk"] = np.nan
+    if not {"seg", "risk"} <= set(tasks): kept[["cos_map", "cos_pooled"]] = np.nan
     table = manifest.rows.loc[found.index, ["image_id", "case_id", "group", "grade", "grade_index"]].join(kept)
     table["angle"] = np.degrees(np.arccos(table[f"cos_{rlar.where}"].clip(-1, 1)))
     if "risk" in tasks:
