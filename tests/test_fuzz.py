@@ -28,7 +28,7 @@ def ready() -> Iterator[None]:
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: f"{path.parent.name}-{path.name}")
 def test_what_once_crashed_is_mended(path):
     with fuzz.bounded(): how, seconds, _, error = fuzz.attempt(READERS[path.parent.name].read, path.read_bytes())
-    assert error is None and how in ("record", "own") and seconds < fuzz.SECONDS, error
+    assert error is None and how in ("record", "own"), (seconds, error)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -60,6 +60,20 @@ def test_memory_is_found_that_is_given_back_and_less_than_an_earlier_peak(monkey
     for mb, expected in ((250, "crash"), (150, "crash"), (50, "record")):
         with fuzz.bounded(): how, _, memory, error = fuzz.attempt(takes, str(mb).encode())
         assert how == expected and abs(memory - mb) < 40, (mb, memory, error)       # what else this process takes or gives back meanwhile
+
+
+def test_a_reader_that_hangs_is_found_and_one_that_was_slow_once_is_tried_again():
+    slow, tried = {b"once": 1, b"always": 9, b"swallowed": 9}, []
+    def works(data: bytes) -> None:
+        tried.append(data)
+        end = time.process_time() + 3
+        try:
+            while tried.count(data) <= slow[data] and time.process_time() < end: pass
+        except fuzz.Slow:
+            if data != b"swallowed": raise
+    with fuzz.bounded(): ended = [fuzz.attempt(works, data) for data in slow]
+    assert [(how, type(error)) for how, _, _, error in ended] == [("record", type(None)), ("crash", fuzz.Slow), ("crash", fuzz.Slow)]
+    assert [tried.count(data) for data in slow] == [2, 2, 2]
 
 
 def ends_well(name: str, data: bytes) -> None:

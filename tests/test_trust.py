@@ -563,7 +563,7 @@ def test_a_file_of_very_many_parts_is_refused_at_once(tmp_path):
     for name, match in (("a.png", "parts"), ("a.jpg", "parts"), ("a.bmp", "run lengths")):
         start = time.process_time()
         with pytest.raises(DataError, match=match): read_gray(tmp_path / name)
-        assert time.process_time() - start < 0.5
+        assert time.process_time() - start < 1
     ds = FileDataset(str(tmp_path / "a.dcm"), {}, file_meta=FileMetaDataset(), preamble=b"\0" * 128)
     ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = UltrasoundImageStorage, "1.2.3"
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -571,7 +571,7 @@ def test_a_file_of_very_many_parts_is_refused_at_once(tmp_path):
     ds.save_as(tmp_path / "a.dcm", enforce_file_format=True)
     start = time.process_time()
     with pytest.raises(DataError, match="20,000 items"): dicom_facts(tmp_path / "a.dcm")
-    assert time.process_time() - start < 0.5
+    assert time.process_time() - start < 1
 
 
 def dicom_of_parts():
@@ -597,4 +597,4 @@ def test_a_small_dicom_of_very_many_parts_is_refused_at_once(tmp_path, k):
     for look in (dicom_facts, *((examine, read_gray) if k != 4 else ())):      # only one of them asks for the regions
         start = time.process_time()
         with pytest.raises(DataError, match=said): look(tmp_path / "a.dcm")
-        assert time.process_time() - start < 0.5
+        assert time.process_time() - start < 1

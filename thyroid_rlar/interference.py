@@ -29,7 +29,7 @@ from .levels import find_runs
 from .loader import MISSING_GRADE
 from .network import MultitaskNet
 from .objectives import task_losses
-from .parameters import ParameterError, typed_parameters
+from .parameters import ParameterError, read_folders, typed_parameters
 from .rlar import WHERE, flatten_gradient
 
 # %% ../nbs/72_interference.ipynb #e3e2eabe
@@ -163,5 +163,5 @@ def check_probe(values: Mapping[str, object]) -> ProbeSettings:
     except ValueError: shares = []
     if not shares or not all(0 < share < 1 for share in shares):
         raise ParameterError(f"shares: found {values['shares']!r}, expected numbers above 0 and below 1, separated by commas")
-    folders = [resolve(part.strip()) for part in values["run_dirs"].split(",")]
+    folders = read_folders("run_dirs", values["run_dirs"])
     return ProbeSettings(find_runs(folders), resolve(values["out_dir"] or folders[0]), values["images"], shares)

@@ -26,11 +26,12 @@ from .instruments import measure
 from .latent import saved_latents
 from .loader import NoduleData, eval_loader
 from .network import MultitaskNet, Output
-from .parameters import ParameterError, make_rlar, typed_parameters
+from .parameters import ParameterError, make_rlar, read_folders, typed_parameters
 from .predictions import check_evaluation, evidence_table, load_run, open_evaluation, tasks_on
 from .radiomics import EvidenceScaler
 from .records import Manifest
 from .rlar import RLAR
+from .runs import image_digests
 from .tirads import Scale
 from .training import Trainer
 
@@ -145,7 +146,7 @@ def image_table(net: MultitaskNet, data: NoduleData, rows: Sequence[int], rlar: 
 # %% ../nbs/78_opened.ipynb #1cb93da7
 def _split_of(manifest: Manifest, split: pd.DataFrame) -> tuple[np.ndarray, frozenset[str]]:
     "The part that each image had in the run, known by its file: train, val, test or new; and the names that are not the run's, or of another file."
-    digests, names = [digest(inside(manifest.root, path)) for path in manifest.rows.image], manifest.rows.image_id.astype(str)
+    digests, names = image_digests(manifest), manifest.rows.image_id.astype(str)
     part, own = dict(zip(split.digest, split.split)), set(zip(split.image_id.astype(str), split.digest))
     return np.array([part.get(d, "new") for d in digests], object), frozenset(name for name, d in zip(names, digests) if (name, d) not in own)
 
@@ -267,7 +268,7 @@ def check_exploring(values: Mapping[str, object]) -> ExploreSettings:
     if values.get("nodules", 2) < 1: raise ParameterError(f"nodules: found {values['nodules']}, expected at least 1")
     if not 0 <= values.get("step", 0.2) <= 0.5: raise ParameterError(f"step: found {values['step']}, expected 0 to 0.5")
     e = check_evaluation({k: values.get(k) for k in ("run_dir", "source", "data_dir")})
-    beside = tuple(resolve(name.strip()) for name in (values.get("beside") or "").split(",") if name.strip())
+    beside = tuple(read_folders("beside", values["beside"])) if values.get("beside") else ()
     out_dir = resolve(values["out_dir"]) if values.get("out_dir") else inside(e.run_dir, "explore")
     return ExploreSettings(e.run_dir, e.source, e.data_dir, values.get("images", "unseen"), values.get("nodules", 2), beside,
                            values.get("step", 0.2), out_dir)

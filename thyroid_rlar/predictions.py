@@ -20,7 +20,7 @@ import torch
 
 # %% ../nbs/64_predictions.ipynb #005
 from .evaluation import SEGMENTATION, evaluate, median_grade, per_image_segmentation, probability_columns
-from .files import DataError, digest, inside, read_run_table, resolve
+from .files import DataError, inside, read_run_table, resolve
 from .intervals import bootstrap, ratio
 from .loader import NoduleData, eval_loader, prepare
 from .network import MultitaskNet, load_model
@@ -28,7 +28,7 @@ from .objectives import TASKS
 from .parameters import CHOICES, ParameterError, RunSettings, read_size, typed_parameters
 from .radiomics import NAMES, EvidenceScaler, measure_manifest
 from .records import Manifest
-from .runs import open_source, preparing, recorded_settings
+from .runs import image_digests, open_source, preparing, recorded_settings
 from .tirads import SCALES
 
 # %% ../nbs/64_predictions.ipynb #008
@@ -172,7 +172,7 @@ def load_run(folder: str | Path) -> TrainedRun:
 def unseen(manifest: Manifest, split: pd.DataFrame) -> np.ndarray:
     "(N,) bool: images that share neither file nor case group with one that the run was trained or chosen on."
     trained_on = set(split.digest[split.split.isin(["train", "val"])])
-    seen = np.array([digest(inside(manifest.root, path)) in trained_on for path in manifest.rows.image])
+    seen = np.array([digest in trained_on for digest in image_digests(manifest)])
     return ~manifest.rows.group.isin(set(manifest.rows.group[seen])).to_numpy()
 
 def _describe(part: str, fresh: np.ndarray) -> str:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'OUTPUTS', 'recorded_settings', 'changed_parameters', 'folder_of', 'run_folder', 'set_aside', 'one_reader',
-           'open_source', 'RunData', 'preparing', 'load_data', 'label_counts', 'trained_tasks', 'split_table',
-           'check_split', 'make_trainer']
+           'open_source', 'RunData', 'preparing', 'load_data', 'label_counts', 'trained_tasks', 'image_digests',
+           'split_table', 'check_split', 'make_trainer']
 
 # %% ../nbs/55_runs.ipynb #003
 import json
@@ -215,6 +215,10 @@ def trained_tasks(objective: Objective, run: RunData) -> list[str]:
     for t in set(asked) - set(tasks): warnings.warn(f"no training image has {what[t]}: that task is not trained and not reported", stacklevel=2)
     return tasks
 
+def image_digests(manifest: Manifest) -> list[str]:
+    "Each row's fingerprint of its image file, by which an image is known again under whatever name."
+    return [digest(inside(manifest.root, path)) for path in manifest.rows.image]
+
 def split_table(run: RunData) -> pd.DataFrame:
     "A row per image: image_id, case_id, group, its part of the split, its file's fingerprint, by which it is known again, and its labels'."
     m = run.manifest
@@ -222,7 +226,7 @@ def split_table(run: RunData) -> pd.DataFrame:
     for name in ("train", "val", "test"): part[getattr(run.split, name)] = name
     labels = zip(m.rows["mask"], m.rows.contours, run.data.grades)
     labels = [json.dumps([mask and digest(inside(m.root, mask)), contours, int(grade)]) for mask, contours, grade in labels]
-    return m.rows[["image_id", "case_id", "group"]].assign(split=part, digest=[digest(inside(m.root, path)) for path in m.rows.image],
+    return m.rows[["image_id", "case_id", "group"]].assign(split=part, digest=image_digests(m),
                                                            labels=[fingerprint(text.encode())[:16] for text in labels])
 
 def check_split(split: pd.DataFrame, folder: Path) -> None:
