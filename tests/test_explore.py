@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from lab import Lab, Notebook, explore_notebook, until
+from lab import SIZE, Lab, Notebook, explore_notebook, until
 from playwright.sync_api import Locator
 from test_runs import papermill
 
@@ -213,6 +213,19 @@ def test_a_page_that_is_loaded_again_shows_what_was_chosen(opened):
     until(lambda: plots(explorer(opened, 2)).first.evaluate("p => p._fullData[0].visible"), "attributions are not blank", opened.page)
     opened.settle()
     opened.console[:] = [said for said in opened.console if "widget model not found" not in said]        # progress bars that are gone
+
+
+def test_figures_fit_a_laptops_page(opened):
+    "1280 pixels with the file browser open leave an explorer less than the angle's and the attribution's figures are drawn with."
+    def widest(number: int) -> int:
+        return max(explorer(opened, number).evaluate("box => [...box.querySelectorAll('.js-plotly-plot')].map(plot => plot._fullLayout.width)"))
+    def room(number: int) -> int: return explorer(opened, number).evaluate("box => box.clientWidth")
+    drawn = {number: widest(number) for number in (1, 2)}
+    try:
+        opened.page.set_viewport_size(SIZE | {"width": 1280})
+        until(lambda: all(widest(k) <= room(k) < drawn[k] for k in drawn), "the figures fit", opened.page)
+    finally: opened.page.set_viewport_size(SIZE)
+    until(lambda: all(widest(k) == drawn[k] for k in drawn), "the figures are as wide as before", opened.page)
 
 
 def test_in_the_dark(opened, lab):

@@ -7,17 +7,21 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image, ImageOps
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
-from thyroid_rlar.angle_explorer import AngleExplorer
+from thyroid_rlar.angle_explorer import AngleExplorer, LiveAngles
 from thyroid_rlar.attribution import HIGHEST, Method, look
 from thyroid_rlar.attribution_explorer import AttributionExplorer
 from thyroid_rlar.latent import SKIPS_FIXED
 from thyroid_rlar.latent_explorer import LatentExplorer
-from thyroid_rlar.latent_figures import cohort_list
+from thyroid_rlar.latent_figures import cohort_list, paint
 from thyroid_rlar.nodule_report import attributed, nodule_report, page
 from thyroid_rlar.opened import OpenRun, most_telling, open_run
 from thyroid_rlar.parameters import check_parameters
+from thyroid_rlar.phantom import make_phantom
+from thyroid_rlar.predictions import EvaluationSettings, load_run, open_evaluation, unseen
 from thyroid_rlar.runs import load_data, make_trainer, open_source, run_folder
 
 CHEAP = (Method("grad_cam"), Method(steps=4, tolerance=1e9), Method("occlusion", window=32, stride=32))
@@ -81,7 +85,8 @@ def test_a_single_nodule(run):
 def test_images_are_known_by_their_files(run, tmp_path):
     folder = tmp_path / "mirrored"
     shutil.copytree("data/phantom", folder)
-    for path in sorted((folder / "images").iterdir())[::2]: ImageOps.mirror(Image.open(path)).save(path)
+    for k, path in enumerate(sorted((folder / "images").iterdir())[::2]):
+        Image.fromarray(make_phantom(500 + k, size=Image.open(path).size[::-1]).image).save(path)
     e = open_run(run.folder, "all", "folder", str(folder), progress=False)
     new = e.table.split == "new"
     assert new.sum() == 12 and set(e.table.image_id[new]) == e.others
@@ -101,6 +106,27 @@ def test_images_under_other_names_are_the_same_images(run, tmp_path):
     assert e.table.image_id.isin(e.others).all()
 
 
+def test_images_that_were_saved_again_are_the_same_images(run, tmp_path):
+    "As JPEG, a little brighter, under other names and cases: neither evaluation nor explorer takes them for new."
+    folder = tmp_path / "again"
+    shutil.copytree("data/phantom", folder)
+    for path in (folder / "images").iterdir():
+        Image.open(path).convert("L").point(lambda grey: min(255, grey * 1.05)).save(path.with_name(f"copy-{path.stem}.jpg"), quality=85)
+        path.unlink()
+    labels = pd.read_csv(folder / "labels.csv", dtype=str, keep_default_na=False)
+    labels = labels.assign(image=labels.image.str.replace("images/", "images/copy-").str.replace(".png", ".jpg"), case="other-" + labels.case)
+    labels.to_csv(folder / "labels.csv", index=False)
+    trained = load_run(run.folder)
+    e = EvaluationSettings(run.folder, "folder", str(folder), tmp_path, part="all")
+    data, _, note = open_evaluation(e, trained, progress=False)
+    assert (unseen(data.prepared, trained.split) == unseen(run.data.prepared, trained.split)).all() and "TRAINED ON" in note
+    again = open_run(run.folder, "all", "folder", str(folder), progress=False)
+    assert again.table.split.tolist() == run.table.split.tolist() and set(again.table.image_id) == again.others
+    before = replace(trained, split=trained.split.drop(columns="look"))
+    _, _, note = open_evaluation(e, before, progress=False)
+    assert "none of them" in note and "known by their files alone" in note
+
+
 def test_the_report_of_a_run_of_one_task(run):
     r = nodule_report(run, run.rows[0])
     norms = r.angle.set_index("column").value
@@ -114,6 +140,58 @@ def test_a_nodule_of_the_highest_grade_is_explained_as_such(run):
         assert any(HIGHEST in name for name in attributed(run, row, Method("grad_cam"))) == ("risk" in run.tasks)
     with mock.patch("thyroid_rlar.nodule_report.look", lambda *told: replace(look(*told), grade=0)):
         assert any("the next grade" in name for name in attributed(run, row, Method("grad_cam"))) == ("risk" in run.tasks)
+
+
+def test_a_still_attribution_names_what_its_target_is_there(run):
+    a = AttributionExplorer(run, CHEAP)
+    told = {"next": HIGHEST, "mask": "the model finds no nodule"}
+    subject, nothing = replace(a.subject(), grade=len(run.scale) - 1), np.zeros_like(run.predicted(run.rows[0]))
+    for name, target in a.targets.items():
+        a.choose(target=name)
+        with mock.patch.object(a, "subject", lambda: subject), mock.patch.object(run, "predicted", lambda row: nothing):
+            title = a.static().layout.title.text
+        assert all((words in title) == (target.kind == kind) for kind, words in told.items()), title
+
+
+def test_heads_that_nobody_trained_are_not_shown(run):
+    e, trained = LatentExplorer(run, method="pca"), run.tasks
+    assert e.view is not None
+    assert [fig is not None for fig in (e.grade_fig, e.evidence_fig)] == [task in trained for task in ("risk", "evidence")]
+    assert ("predicted grade" in e.sentence.value, "segmentation loss" in e.sentence.value) == ("risk" in trained, "seg" in trained)
+    drawn = {trace.name for trace in e.static().data if trace.type == "bar"}
+    assert ("after the step" in drawn) == ("risk" in trained)
+    assert ("not trained on evidence" in " ".join(e.notes())) == ("evidence" not in trained)
+    assert (nodule_report(run, run.rows[0]).missing.get("contour") == "the model was not trained on contours") == ("seg" not in trained)
+
+
+def test_the_directions_angle_is_said_as_soon_as_it_is_known(run):
+    e = LatentExplorer(run, method="pca")
+    assert e.view is not None
+    both = {"seg", "risk"} <= set(run.tasks)
+    assert ("Angle of the directions" in e.sentence.value) == both
+    e.choose(where="pooled")
+    assert ("(pooled)" in e.sentence.value) == both
+    still = LatentExplorer(run, method="pca").static().layout.annotations[-1].text
+    assert ("Angle of the directions" in still) == both
+
+
+def test_two_changes_at_once_are_both_shown(run):
+    e = LatentExplorer(run, method="umap")
+    assert e.view is not None
+    e.choose(method="pca", color="group")
+    assert list(e.map_fig.data[0].marker.color) == paint(run, "group").colors
+
+
+@pytest.mark.parametrize("objective", ["rlar", "seg_only"])
+def test_a_training_that_is_watched_ends_as_one_that_is_not(tmp_path, objective):
+    ended = []
+    for name, watching in (("alone", []), ("watched", [LiveAngles()])):
+        s = check_parameters(SMALL | dict(source="folder", data_dir="data/phantom", out_dir=str(tmp_path / name), image_size="64x96", epochs=2,
+                                          batch_size=8, device="cpu", folds=3, objective=objective))
+        make_trainer(s, load_data(s, open_source(s, progress=False), progress=False), run_folder(s), watching).fit()
+        ended.append(load_file(tmp_path / name / "model.safetensors"))
+    assert not watching[0].failed and watching[0].explorer is not None
+    assert all(torch.equal(weights, ended[1][name]) for name, weights in ended[0].items())
 
 
 def test_states_that_cannot_be_shown_change_nothing(run):

@@ -11,7 +11,7 @@ import torch
 from machine import file_limit
 from safetensors.torch import save_file
 
-from thyroid_rlar.files import DataError, write_text, write_whole
+from thyroid_rlar.files import DataError, hold, release, write_text, write_whole
 
 LARGE = torch.zeros(500_000)        # 2 MB, on a disk of 1 MB
 WRITERS = {
@@ -31,6 +31,14 @@ def small_disk(tmp_path_factory):
     if done.returncode: pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+def test_a_lock_that_could_not_be_written_is_not_kept(tmp_path):
+    "IPython keeps the traceback of an error, and with it what was open; the next try must not meet its own lock."
+    with file_limit(0), pytest.raises(DataError, match="writing: found File too large") as kept: hold(tmp_path / "run")
+    hold(tmp_path / "run")
+    release(tmp_path / "run")
+    assert kept.value.__traceback__ is not None
 
 
 @pytest.mark.parametrize("name", WRITERS)

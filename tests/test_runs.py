@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,12 +15,13 @@ import pandas as pd
 import pytest
 
 from thyroid_rlar import runs
-from thyroid_rlar.evaluation import RISK, SEGMENTATION
+from thyroid_rlar.evaluation import RISK, SEGMENTATION, write_json
 from thyroid_rlar.files import DataError, release
 from thyroid_rlar.methods import METHODS
-from thyroid_rlar.parameters import ParameterError, RunSettings, read_size
+from thyroid_rlar.parameters import ParameterError, RunSettings, check_parameters, read_size
+from thyroid_rlar.phantom import write_phantoms
 from thyroid_rlar.predictions import EvaluationSettings
-from thyroid_rlar.runs import open_source, run_folder
+from thyroid_rlar.runs import changed_parameters, open_source, run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(source="folder", data_dir="data/phantom", image_size="64x96", folds=3, stride=8, epochs=2, batch_size=4, device="cpu")
@@ -125,6 +126,28 @@ def test_contours_can_be_measured_on_another_scale_and_grades_cannot(run_dir, tm
     assert done.returncode == 0, done.stderr[-3000:]
     assert metrics_of(tmp_path)["segmentation"]["dice"]["n"] == 24 and {m["n"] for m in metrics_of(tmp_path)["risk"].values()} == {0}
     assert "Grades are not reported" in (tmp_path / "evaluate.ipynb").read_text()
+
+
+def test_the_same_folder_in_other_words_goes_on(tmp_path):
+    "A slash more, or a share mounted elsewhere: what the images are is known by their files."
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(ROOT / "data/phantom", data)
+    s = check_parameters(SMALL | dict(data_dir=str(data), out_dir=str(out)))
+    write_json(run_folder(s) / "params.json", {"parameters": asdict(s)})
+    for changes in ({"data_dir": f"{data}/"}, {"data_dir": f"{tmp_path}/run/../data", "resume": True}):
+        assert not changed_parameters(replace(s, **changes), out)
+    moved = str(data.rename(tmp_path / "elsewhere"))
+    assert not changed_parameters(replace(s, data_dir=moved, resume=True), out)
+    assert "data_dir" in changed_parameters(replace(s, data_dir=moved), out)[0]
+
+
+def test_two_runs_may_draw_the_phantoms_at_the_same_time(tmp_path, monkeypatch):
+    s = check_parameters(dict(source="phantom", phantom_images=20, data_dir=str(tmp_path / "phantoms"), out_dir=str(tmp_path / "run")))
+    def while_another_does(folder: Path, *told, **more) -> None:
+        write_phantoms(folder, *told, **more)
+        write_phantoms(folder, *told, **more)
+    monkeypatch.setattr("thyroid_rlar.runs.write_phantoms", while_another_does)
+    assert len(open_source(s, progress=False)) == 20
 
 
 @pytest.mark.parametrize("notebook, parameters, message", [

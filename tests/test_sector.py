@@ -193,6 +193,16 @@ def ddti():
     return manifest, [find_sector(manifest.load(i)[0]) for i in range(len(manifest))]
 
 
+def test_a_pale_margin_is_no_part_of_the_screen(ddti):
+    "As on slides and web pages: the scan is found as without it."
+    manifest, sectors = ddti
+    for i in range(0, len(manifest), 9):
+        image, own = manifest.load(i)[0], sectors[i]
+        for grey in (255, 60):
+            s = find_sector(np.pad(image, 20, constant_values=grey))
+            assert s.box == tuple(20 + edge for edge in own.box) and np.array_equal(s.crop(s.valid), own.crop(own.valid)), (i, grey)
+
+
 def test_no_line_of_print_survives_on_any_ddti_image(ddti):
     manifest, sectors = ddti
     images = [manifest.load(i)[0] for i in range(len(manifest))]

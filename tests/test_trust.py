@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from pydicom import dcmread
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import (
@@ -30,13 +31,14 @@ from pydicom.uid import (
     UltrasoundImageStorage,
 )
 
-from thyroid_rlar import files, latent, opened, predictions
+from thyroid_rlar import files, latent, opened, predictions, survival
 from thyroid_rlar.ddti import MAX_XML, clean_regions, read_case, read_ddti, self_intersects
-from thyroid_rlar.files import MAX_CELLS, DataError, read_json, read_parquet, read_whole
+from thyroid_rlar.files import MAX_CELLS, MAX_PACKED, DataError, read_json, read_parquet, read_whole
 from thyroid_rlar.folder import MAX_ROWS, MAX_TABLE, dicom_facts, read_folder, read_table
 from thyroid_rlar.images import MAX_PIXELS, examine, read_gray
 from thyroid_rlar.latent import saved_latents
 from thyroid_rlar.latent_figures import as_csv, thumbnail
+from thyroid_rlar.loader import prepare
 from thyroid_rlar.network import MultitaskNet, NetworkSettings, load_model, save_model
 from thyroid_rlar.parameters import ParameterError, RunSettings, check_parameters, read_size
 from thyroid_rlar.records import MAX_POINTS, Manifest, left_out_table
@@ -124,9 +126,70 @@ def test_tiff_values_that_share_their_bytes_are_refused(tmp_path, order):
     for values, shared, kind, size in ((1000, 2_000_000, 1, 1), (1000, 2_000_000, 12, 8), (1, 10_000_000, 2, 1)):
         path.write_bytes(tagged(order, values, shared, kind, size))
         for look in (examine, read_gray):
-            with Cost(), pytest.raises(DataError, match="tags: found .* bytes, expected at most 8,000,000"): look(path)
+            with Cost(), pytest.raises(DataError, match="tags: found .* bytes, expected at most 4,000,000"): look(path)
     path.write_bytes(b"II+\0\x08\0\0\0\x10\0\0\0\0\0\0\0" + bytes(100))
     with pytest.raises(DataError, match="BigTIFF"): read_gray(path)
+
+
+def test_tiff_fractions_and_further_lists_are_counted(tmp_path):
+    "Each fraction becomes an object, also in the list of EXIF, which Pillow reads without being asked."
+    path, kinds = tmp_path / "a.tif", {5: 8, 10: 8}
+    for kind, size in kinds.items():
+        path.write_bytes(tagged("<", 1, 900_000, kind, size))
+        for look in (examine, read_gray):
+            with Cost(), pytest.raises(DataError, match="tags: found .* bytes"): look(path)
+    plain = io.BytesIO()
+    Image.effect_noise((20, 20), 50).save(plain, "TIFF", tiffinfo={34665: 8})      # where the first list begins: replaced below
+    data = bytearray(plain.getvalue())
+    entry = data.index(struct.pack("<HHI", 34665, 4, 1))
+    further = struct.pack("<H", 1) + struct.pack("<HHII", 40000, 5, 900_000, 8) + bytes(4)
+    data[entry + 8:entry + 12] = struct.pack("<I", len(data))
+    path.write_bytes(data + further)
+    with Cost(), pytest.raises(DataError, match="tags: found"): read_gray(path)
+    data[entry + 8:entry + 12] = data[4:8]                                          # a ring
+    path.write_bytes(data)
+    with Cost(): assert read_gray(path).shape == (20, 20)
+
+
+@pytest.mark.parametrize("marker", [b"\xff\xe1", b"\xff\xed"])
+def test_a_jpeg_of_long_segments_is_refused_at_once(tmp_path, marker):
+    "Pillow puts EXIF together segment by segment, and copies what it has each time: a thousand took half a minute."
+    file = io.BytesIO()
+    Image.effect_noise((40, 30), 40).save(file, "JPEG")
+    segment = marker + struct.pack(">H", 65_000) + b"Exif\0\0" + bytes(64_992)
+    long = file.getvalue()[:2] + 1000 * segment + file.getvalue()[2:]
+    (tmp_path / "a.jpg").write_bytes(long)
+    (tmp_path / "a.dcm").write_bytes(dicom(JPEGBaseline8Bit, encapsulate([long]), (30, 40)))
+    for name in ("a.jpg", "a.dcm"):
+        with Cost(), pytest.raises(DataError, match="segments: found"): read_gray(tmp_path / name)
+    (tmp_path / "a.jpg").write_bytes(file.getvalue()[:2] + 3 * segment + file.getvalue()[2:])
+    assert read_gray(tmp_path / "a.jpg").shape == (30, 40)
+
+
+def test_a_long_loop_of_jpeg_frames_is_read(tmp_path):
+    "Each frame has a scan; only those of the first, which is decoded, count."
+    file = io.BytesIO()
+    Image.effect_noise((60, 40), 40).save(file, "JPEG")
+    ds = dcmread(io.BytesIO(dicom(JPEGBaseline8Bit, encapsulate(300 * [file.getvalue()]))))
+    ds.NumberOfFrames = 300
+    ds.save_as(tmp_path / "a.dcm")
+    assert read_gray(tmp_path / "a.dcm").shape == (40, 60) and "frames" in dicom_facts(tmp_path / "a.dcm")[1]
+    (tmp_path / "IM0001").write_bytes((tmp_path / "a.dcm").read_bytes())            # as scanners write them
+    assert np.array_equal(read_gray(tmp_path / "IM0001"), read_gray(tmp_path / "a.dcm")) and examine(tmp_path / "IM0001").mode == "DICOM"
+    many = file.getvalue().replace(b"\xff\xda", b"\xff\xda\0\2" * 200 + b"\xff\xda")
+    ds.PixelData = encapsulate([many, file.getvalue()])
+    ds.NumberOfFrames = 2
+    ds.save_as(tmp_path / "a.dcm")
+    with Cost(), pytest.raises(DataError, match="scans: found 201"): read_gray(tmp_path / "a.dcm")
+
+
+def test_dark_is_bright_is_turned_round_for_signed_pixels(tmp_path):
+    values = np.array([[-32768, 32767], [0, 100]], np.int16)
+    ds = dcmread(io.BytesIO(dicom(ExplicitVRLittleEndian, values.tobytes(), (2, 2))))
+    ds.PhotometricInterpretation, ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = "MONOCHROME1", 16, 16, 15, 1
+    ds["PixelData"].VR = "OW"
+    ds.save_as(tmp_path / "a.dcm")
+    assert np.array_equal(read_gray(tmp_path / "a.dcm"), [[255, 0], [127, 127]])
 
 
 def dicom(syntax, pixels, shape=(40, 60)):
@@ -354,6 +417,52 @@ def test_a_pickle_in_the_place_of_a_checkpoint_is_not_run(tmp_path):
     np.savez(tmp_path / "latents/000.npz", z=np.array([Shell(made)], object), image_id=np.array(["a"]))
     with pytest.raises(DataError, match="000.npz"): saved_latents(tmp_path)
     assert not made.exists()
+
+
+def archive(path, n, name="x"):
+    "A zip archive of n empty files, of which only the list at its end is there."
+    with zipfile.ZipFile(path, "w") as file:
+        for k in range(n): file.writestr(zipfile.ZipInfo(f"{name}{k}.npy"), b"")
+
+
+def test_weights_and_archives_of_very_many_parts_are_refused_at_once(tmp_path):
+    save_model(MultitaskNet(NetworkSettings(grades=2, evidence=0), "none"), tmp_path)
+    names = json.dumps({f"t{k}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for k in range(100_000)}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(names)) + names)
+    with Cost(), pytest.raises(DataError, match="a list of tensors of"): load_model(tmp_path)
+    (tmp_path / "latents").mkdir()
+    archive(tmp_path / "latents/000.npz", MAX_PACKED + 1)
+    with Cost(), pytest.raises(DataError, match="archive of more than 20,000 files"): saved_latents(tmp_path)
+    with pytest.raises(DataError, match="archive of more than 20,000 files"): read_whole(tmp_path / "latents/000.npz", survival._read_state)
+
+
+def test_a_checkpoint_calls_nothing_but_what_makes_tensors(tmp_path):
+    "PyTorch's reader lets a pickle make a bytearray of any size, and lists within lists whose text would be endless."
+    class Large:
+        def __reduce__(self): return bytearray, (3 * 10**9,)
+    nested = [1]
+    for _ in range(60): nested = [nested, nested]
+    torch.save({"best": Large()}, tmp_path / "state.pt")
+    with Cost(), pytest.raises(DataError, match="a call of __builtin__ bytearray"): read_whole(tmp_path / "state.pt", survival._read_state)
+    torch.save({"best": nested, "epoch": 1, "best_epoch": 0, "count": 1, "processes": 1}, tmp_path / "state.pt")
+    with Cost(), pytest.raises(ValueError, match="best .*no number"): survival._check_numbers(survival._read_state(tmp_path / "state.pt"), 5)
+    torch.save({"best": list(range(1_000_000))}, tmp_path / "state.pt")
+    with Cost(), pytest.raises(DataError, match="beside its tensors"): read_whole(tmp_path / "state.pt", survival._read_state)
+
+
+def test_a_table_of_very_many_cells_is_refused(folder):
+    columns = [f"c{k}" for k in range(190)]
+    row = "images/a.png,1,TR4," + "," * 189 + "\n"
+    (folder / "labels.csv").write_text("image,case,grade," + ",".join(columns) + "\n" + 20_000 * row)
+    with Cost(), pytest.raises(DataError, match="cells: found 3,860,000, expected at most 3,000,000"): read_table(folder / "labels.csv")
+
+
+def test_the_list_of_prepared_images_is_bounded(folder):
+    manifest = read(folder, "images/a.png,1,TR4,masks/a.png\n")
+    prepare(manifest, (32, 32), progress=False)
+    index, = (folder.parent / f"{folder.name}.cache").glob("*/index.json")
+    index.write_text("[" + 5_000_000 * " " + "]")
+    with Cost(), pytest.raises(DataError, match="index.json: size"): prepare(manifest, (32, 32), progress=False)
 
 
 def test_a_notebook_as_data_is_not_executed(folder):

@@ -27,7 +27,7 @@ from .figures import BLUE, GREEN, ORANGE, PURPLE, SKY, TEMPLATE, VERMILLION, as_
 from .files import read_run_table, resolve
 from .latent import MAPS, LatentMap, saved_latents
 from .latent_explorer import LatentExplorer
-from .latent_figures import RIM, paint
+from .latent_figures import RIM, paint, with_words
 from .opened import OpenRun, open_trainer
 from .parameters import make_rlar
 from .rlar import RLAR, WHERE
@@ -169,8 +169,8 @@ def _add_course(fig: go.Figure, name: str, lines: dict, color: str) -> None:
 # %% ../nbs/84_angle_explorer.ipynb #0401e3f3
 @patch
 def static(self: AngleExplorer) -> go.Figure:
-    "The state as one figure, with its map, which is made if need be."
-    return self._drawn(self.maps.map(self.state.method))
+    "The state as one figure, with its map, which is made if need be, over what must be said beside it."
+    return with_words(self._drawn(self.maps.map(self.state.method)), " ".join(self.words()), 120)
 
 @patch
 def _drawn(self: AngleExplorer, drawn: LatentMap) -> go.Figure:
@@ -287,12 +287,12 @@ def words(self: AngleExplorer) -> list[str]:
     elif not self.path()[angles].notna().any(): said.append("The chosen nodule lacks a contour or a grade, so it has no angle.")
     elif (own := self.path().split.iloc[-1]) != s.split: said.append(f"The chosen nodule is a {_PARTS[own]} image.")
     if self.run.untrained: said.append(f"Not trained: {self.run.untrained}.")
-    said += [f"E of {c.name} is measured at {measured_by(c.rlar)}: not to be held against this run's." for c in self.courses()
-             if c.rlar and measured_by(c.rlar) != measured_by(self.run.rlar)]
+    said += [f"E{' and the norms' if c.rlar.where != self.run.rlar.where else ''} of {c.name} measured at {measured_by(c.rlar)}: "
+             "not to be held against this run's." for c in self.courses() if c.rlar and measured_by(c.rlar) != measured_by(self.run.rlar)]
     h = self.run.history
     if "strength" not in h or h.strength[(h.kind == "epoch") & (h.split == s.split)].isna().all():
         said.append(f"Strength was not measured on {_PARTS[s.split]} images.")
-    if s.method not in self.maps._maps: said.append("The UMAP is being made, half a minute the first time; meanwhile the PCA.")
+    if s.method == "umap" and s.method not in self.maps._maps: said.append("The UMAP is being made, half a minute the first time; meanwhile the PCA.")
     elif self.map().note: said.append(self.map().note)
     return said if self.run.epochs() else [*said, "No latents were kept, so the map is empty."]
 

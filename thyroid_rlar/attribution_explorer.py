@@ -71,7 +71,7 @@ UNITS = {"mask": "logit", "grade": "log-probability", "next": "log-odds", "evide
 def unit(a: Attribution) -> str:
     "Unit of a map's values."
     m, of = a.method, UNITS[a.target.kind]
-    if m.name == "grad_cam": return f"{of} × number of places"
+    if m.name == "grad_cam": return f"{of} per place of {m.layer}"
     if m.name == "occlusion": return f"{of}, fall when covered"
     return f"{of} per unit of grey" if m.name == "noise_tunnel" and m.over == "saliency" else f"{of} per pixel"
 
@@ -203,6 +203,14 @@ class AttributionExplorer(Explorer):
             if getattr(state, name) not in allowed: raise ValueError(f"{name}: found {getattr(state, name)!r}, expected one of {', '.join(allowed)}")
         if not isinstance(state.signed, bool): raise ValueError(f"signed: found {state.signed!r}, expected True or False")
 
+@patch
+def meant(self: AttributionExplorer) -> str:
+    "What the target is on this nodule, where its name does not tell."
+    target, found = self.targets[self.state.target], self.subject()
+    if target.kind == "next" and found.grade == len(self.run.scale) - 1: return f" ({HIGHEST})"
+    whole = target.kind == "mask" and not (self.run.predicted(self.state.row) >= 0.5).any()
+    return " (over the whole sector: the model finds no nodule)" if whole else ""
+
 # %% ../nbs/86_attribution_explorer.ipynb #713ec59d
 @patch
 def _look(self: AttributionExplorer, row: int, version: int) -> Subject:
@@ -316,7 +324,7 @@ def static(self: AttributionExplorer) -> go.Figure:
     for name in self.methods: self.attribution(name)
     self.details()
     self.fill(fig := frame(self.run.image(self.state.row).shape, max(4, len(self.methods))))
-    text = f"{self.state.target}, image {self.run.table.image_id[self.state.row]}"
+    text = f"{self.state.target}{self.meant()}, image {self.run.table.image_id[self.state.row]}"
     return fig.update_layout(title=dict(text=as_text(text), font_size=14, x=.01, y=.995, yanchor="top"))
 
 # %% ../nbs/86_attribution_explorer.ipynb #20e6eb17
@@ -351,8 +359,8 @@ def _numbers(self: AttributionExplorer, a: Attribution | None) -> dict[str, str]
     if a is None: return {}
     of = UNITS[a.target.kind]
     found = {"target": f"{_number(a.value)} ({of}); {_number(a.value - a.difference)} on the {a.method.baseline} baseline"}
-    if a.target.kind == "mask": found["target"] += ", mean over the predicted mask, or the whole sector where it finds none"
-    if a.target.kind == "next" and self.subject().grade == len(self.run.scale) - 1: found["target"] += f", of {HIGHEST}"
+    if a.target.kind == "mask": found["target"] += ", mean over the predicted mask"
+    found["target"] += self.meant()
     if a.method.name != "integrated_gradients": return found          # of no other the sum is to be the difference
     return found | {"sum of the map": f"{_number(a.total)}, of a difference of {_number(a.difference)}, in {a.steps or a.method.steps} steps"}
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 # %% ../nbs/77_latent.ipynb #156f70b4
 from .evaluation import median_grade
-from .files import MAX_CELLS, DataError, code_digest, fingerprint, inside, read_whole, write_whole
+from .files import MAX_CELLS, DataError, check_packed, code_digest, fingerprint, inside, read_whole, write_whole
 from .instruments import batch_dice
 from .loader import MISSING_GRADE
 from .network import MultitaskNet, Output
@@ -100,6 +100,7 @@ def _latents(path: Path, written: int) -> pd.DataFrame:
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     "What an .npz file holds: no pickles, and not more than `MAX_CELLS` once unpacked."
+    check_packed(path)
     with zipfile.ZipFile(path) as packed: unpacked = sum(item.file_size for item in packed.infolist())
     if unpacked > 4 * MAX_CELLS: raise ValueError(f"{unpacked:,} bytes once unpacked, at most {4 * MAX_CELLS:,} are read")
     try:
@@ -130,7 +131,8 @@ def latent_map(
 ) -> LatentMap | None:                  # None only without `compute`
     "The map of a run's images, from its `explore` folder or made now."
     before = {e: t for e, t in saved_latents(folder).items() if t.shape[1] == z.shape[1]}
-    key, path = _map_key(z, before, method, seed), folder and inside(Path(folder), f"explore/map-{method}.npz")
+    key, whose = _map_key(z, before, method, seed), fingerprint(repr(list(z.index)).encode())[:8]      # a file for each selection of images
+    path = folder and inside(Path(folder), f"explore/map-{method}-{whose}.npz")
     found = _read_map(path, key) if path else None
     if found or not compute: return found
     made = lay_out(z, before, method, seed)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 from pathlib import Path
-from textwrap import wrap
 
 # %% ../nbs/82_latent_explorer.ipynb #22dd9f07
 import ipywidgets as widgets
@@ -22,7 +21,7 @@ from fastcore.basics import patch
 
 # %% ../nbs/82_latent_explorer.ipynb #74b54f61
 from .explorers import Explorer, beside, facts_html, heading, nodule_facts, picture, redraw, side_by_side
-from .figures import GREY, as_text
+from .figures import as_text
 from .latent import FEWEST, MAPS, Decoded, LatentMap, Plane, Traversal, latent_map, neighbours, plane, standardise
 from thyroid_rlar.latent_figures import (
     REACH,
@@ -43,6 +42,7 @@ from thyroid_rlar.latent_figures import (
     repaint,
     step_words,
     thumbnail,
+    with_words,
 )
 from .opened import OpenRun
 from .rlar import WHERE
@@ -61,6 +61,9 @@ class LatentState:
     risk: float = 0.0
     orthogonal: bool = False         # the risk direction without its part along the segmentation direction
     where: str = "map"               # the directions of each place of z by itself, or `pooled`
+
+    def __post_init__(self):
+        if np.ndim(self.picked) == 1: self.picked = tuple(np.asarray(self.picked).tolist())        # a list, an index, an array
 
 # %% ../nbs/82_latent_explorer.ipynb #eef57c50
 class LatentExplorer(Explorer):
@@ -100,17 +103,6 @@ class LatentExplorer(Explorer):
         s, t = self.state, self.traversal(self.state.row, self.state.where)
         return t.step(s.seg, s.risk, s.orthogonal) if s.seg or s.risk else t.at_start
 
-# %% ../nbs/82_latent_explorer.ipynb #420897b4
-@patch
-def _neighbours(self: LatentExplorer, row: int) -> pd.DataFrame:
-    found = neighbours(self._z, self.run.rows.index(row), NEAR, self.run.table.group)
-    return found.assign(row=self.run.table.index[found.row])
-
-@patch
-def near(self: LatentExplorer) -> pd.DataFrame:
-    "The chosen nodule's neighbours in latent space: see `neighbours`; `row` is the run's."
-    return self.neighbours(self.state.row)
-
 # %% ../nbs/82_latent_explorer.ipynb #195707f9
 @patch
 def map(self: LatentExplorer, method: str = "", compute: bool = True) -> LatentMap | None:
@@ -130,6 +122,16 @@ def make_map(self: LatentExplorer) -> Iterator[bool]:
     for _ in beside(lambda progress: self.map(method)): yield False
     yield True
 
+@patch
+def _neighbours(self: LatentExplorer, row: int) -> pd.DataFrame:
+    found = neighbours(self._z, self.run.rows.index(row), NEAR, self.run.table.group)
+    return found.assign(row=self.run.table.index[found.row])
+
+@patch
+def near(self: LatentExplorer) -> pd.DataFrame:
+    "The chosen nodule's neighbours in latent space: see `neighbours`; `row` is the run's."
+    return self.neighbours(self.state.row)
+
 # %% ../nbs/82_latent_explorer.ipynb #b822a4a6
 @patch
 def marks(self: LatentExplorer) -> dict[str, np.ndarray]:
@@ -139,7 +141,6 @@ def marks(self: LatentExplorer) -> dict[str, np.ndarray]:
     near = self.run.table.index.get_indexer(self.near().row)
     return {"chosen": np.array([rows.index(self.state.row)]), "same case": same, "neighbours": near}
 
-# %% ../nbs/82_latent_explorer.ipynb #34b9077e
 @patch
 def stepped(self: LatentExplorer, now: Decoded) -> np.ndarray:
     "The mask's probabilities (h,w) after the step, 0 outside the sector."
@@ -153,21 +154,27 @@ def contours(self: LatentExplorer, now: Decoded) -> dict[str, np.ndarray | None]
 
 @patch
 def answers(self: LatentExplorer, now: Decoded) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    "Grade probabilities at the start and now (K,), evidence at the start and now (R,)."
+    "Grade probabilities at the start and now (K,), evidence at the start and now (R,); empty where the network was not trained on them."
     out = self.run.output(self.state.row)
-    return tuple(t[0].float().cpu().numpy() for t in (out.grade_logits.softmax(1), now.probabilities, out.evidence, now.evidence))
+    both = {"risk": (out.grade_logits.softmax(1), now.probabilities), "evidence": (out.evidence, now.evidence)}
+    return tuple(t[0].float().cpu().numpy() if task in self.run.tasks else np.empty(0) for task, pair in both.items() for t in pair)
 
 @patch
 def words(self: LatentExplorer, now: Decoded) -> str:
     "The step in one sentence."
-    return step_words(self.traversal(self.state.row, self.state.where), now, self.run.scale.grades, self.state.where)
+    return step_words(self.traversal(self.state.row, self.state.where), now, self.run)
 
 # %% ../nbs/82_latent_explorer.ipynb #f836344c
 @patch
+def _seek_directions(self: LatentExplorer) -> Iterator[None]:
+    yield                                                      # the page first
+    yield self.traversal(self.state.row, self.state.where).directions
+
+@patch
 def notes(self: LatentExplorer) -> list[str]:
     "What must be said beside the numbers: labels that are the network's own, skips held fixed, tasks not trained."
-    what = {"seg": "contours", "risk": "grades"}
-    found = [f"This network was not trained on {what[t]}: that direction means nothing." for t in what if t not in self.run.tasks]
+    what = {"seg": "contours: that direction means nothing", "risk": "grades: that direction means nothing", "evidence": "evidence: none is shown"}
+    found = [f"This network was not trained on {words}." for task, words in what.items() if task not in self.run.tasks]
     return found + self.traversal(self.state.row, self.state.where).notes
 
 @patch
@@ -182,29 +189,27 @@ def _still_near(self: LatentExplorer) -> list[tuple[str, go.Figure]]:
     said = zip(self.near().row, near_words(self.run, self.near()))
     return [(f"near: {as_text(self.run.table.image_id[row])}<br>{words}", thumb(row)) for row, words in said]
 
-# %% ../nbs/82_latent_explorer.ipynb #529a4200
 @patch
 def static(self: LatentExplorer) -> go.Figure:
     "The state as one still figure, with the cohort where one is picked."
     now, image = self.decoded(), self.run.image(self.state.row)
     p_start, p_now, e_start, e_now = self.answers(now)
     drawn = map_figure(self.run, self.state.color, self.map(), self.marks()).update_layout(margin=dict(r=90, t=30, b=55))
-    bars, dots = grade_bars(self.run, p_start, p_now), evidence_dots(self.run, e_start, e_now).update_traces(showlegend=False)
-    rows = [[(self.map().method.upper(), drawn), (as_text(self.run.table.image_id[self.state.row]), picture(image, self.contours(now)))],
-            [("grade", bars), *([("evidence", dots)] if len(e_now) else [])], self._still_near()]
-    if self.state.picked: rows.append([("", cohort_figure(self.run, self.state.picked))])
-    fig = in_rows(rows, [425, 335, 180, 320][:len(rows)], below=90)
-    text = "<br>".join(as_text(line) for line in wrap(" ".join([self.words(now), *self.notes()]), 160))
-    fig.add_annotation(text=text, xref="paper", yref="paper", x=0.02, y=50 / fig.layout.height, xanchor="left", yanchor="top", align="left",
-                       showarrow=False, font=dict(size=12, color=GREY))
-    return fig.update_layout(barmode="group", legend=dict(orientation="h", x=0.02, y=55 / fig.layout.height, yref="paper", yanchor="bottom"))
+    nodule = as_text(self.run.table.image_id[self.state.row]), picture(image, self.contours(now))
+    heads = [("grade", grade_bars(self.run, p_start, p_now))] if len(p_now) else []
+    if len(e_now): heads.append(("evidence", evidence_dots(self.run, e_start, e_now).update_traces(showlegend=False)))
+    cohort = [("", cohort_figure(self.run, self.state.picked))] * bool(self.state.picked)
+    rows = {425: [(self.map().method.upper(), drawn), nodule], 335: heads, 180: self._still_near(), 320: cohort}       # by height
+    fig = in_rows(*zip(*((row, tall) for tall, row in rows.items() if row)), below=45)
+    for _ in self._seek_directions(): pass                 # their angle belongs to the words
+    fig.update_layout(barmode="group", legend=dict(orientation="h", x=0.02, y=10 / fig.layout.height, yref="paper", yanchor="bottom"))
+    return with_words(fig, " ".join([self.words(now), *self.notes()]))
 
 # %% ../nbs/82_latent_explorer.ipynb #c3b3a389
 def _slider(name: str, tip: str) -> widgets.FloatSlider:
     return widgets.FloatSlider(min=-REACH, max=REACH, step=0.01, description=name, tooltip=tip, readout_format="+.2f",
                                style=dict(description_width="130px"), layout=dict(width="440px"))
 
-# %% ../nbs/82_latent_explorer.ipynb #2ca8d60e
 @patch
 def build(self: LatentExplorer) -> widgets.Widget:
     self.note, self.facts, self.sentence = (widgets.HTML() for _ in range(3))
@@ -254,10 +259,11 @@ def _build_steps(self: LatentExplorer) -> widgets.Widget:
     parts = [self.controls[name] for name in ("seg", "risk", "orthogonal", "where")]
     for name in ("seg", "risk", "orthogonal", "where"): self.observe(self.controls[name], lambda value, name=name: self.choose(**{name: value}))
     p_start, p_now, e_start, e_now = self.answers(self.decoded())
-    self.grade_fig = self.figure(grade_bars(self.run, p_start, p_now))
+    self.grade_fig = self.figure(grade_bars(self.run, p_start, p_now)) if len(p_now) else None
     self.evidence_fig = self.figure(evidence_dots(self.run, e_start, e_now)) if len(e_now) else None
-    left = widgets.VBox([heading("Push z, in shares of its own norm |z|"), *parts, self.grade_fig])
-    return widgets.VBox([side_by_side(left, *([self.evidence_fig] if self.evidence_fig else [])), self.sentence])
+    grade, evidence = ([fig] if fig is not None else [] for fig in (self.grade_fig, self.evidence_fig))
+    left = widgets.VBox([heading("Push z, in shares of its own norm |z|"), *parts, *grade])
+    return widgets.VBox([side_by_side(left, *evidence), self.sentence])
 
 # %% ../nbs/82_latent_explorer.ipynb #e0996f3b
 @patch
@@ -282,8 +288,7 @@ def _build_near(self: LatentExplorer) -> widgets.Widget:
 def _build_cohort(self: LatentExplorer) -> widgets.Widget:
     self.cohort_list = widgets.HTML()
     self.cohort_fig = self.figure(cohort_figure(self.run, ()))
-    body = side_by_side(self.cohort_list, self.cohort_fig)
-    self.cohort_parts = [heading("Cohort within the lasso"), body]
+    self.cohort_parts = [heading("Cohort within the lasso"), side_by_side(self.cohort_list, self.cohort_fig)]
     self.cohort_box = widgets.VBox(layout=dict(display="none"))         # empty while it is hidden: plotly cannot draw what has no size
     return self.cohort_box
 
@@ -293,7 +298,7 @@ def update(self: LatentExplorer, changed: set[str]) -> None:
     for name, control in self.controls.items():
         if name in changed: control.value = getattr(self.state, name)
     if "method" in changed: self._show_map()
-    elif "color" in changed: self._recolour()
+    if "color" in changed: repaint(self.map_fig, self.run, self.state.color)
     if "row" in changed: self._show_nodule()
     if changed & {"row", "seg", "risk", "orthogonal", "where"}: self._show_step(changed)
     if "picked" in changed: self._show_cohort()
@@ -316,11 +321,7 @@ def _show_map(self: LatentExplorer) -> None:
     self.map_fig.drop_outline()                            # the lasso was drawn on the other map; its points stay picked
     if not ready and not self.working("map"): self.work("map", self.make_map(), lambda done: done and self._show_map())
 
-@patch
-def _recolour(self: LatentExplorer) -> None:
-    repaint(self.map_fig, self.run, self.state.color)
 
-# %% ../nbs/82_latent_explorer.ipynb #9191cb95
 @patch
 def _show_nodule(self: LatentExplorer) -> None:
     row, xy, near = self.state.row, self._shown.now, self.near()
@@ -339,20 +340,19 @@ def _show_step(self: LatentExplorer, changed: set[str]) -> None:
     now = self.decoded()
     redraw(self.nodule_fig, None, {"model": self.stepped(now)})
     p_start, p_now, e_start, e_now = self.answers(now)
-    redraw_answers(self.grade_fig, "y", p_start, p_now)
+    if self.grade_fig is not None: redraw_answers(self.grade_fig, "y", p_start, p_now)
     if self.evidence_fig is not None: redraw_answers(self.evidence_fig, "x", e_start, e_now)
-    self.sentence.value = "<br>".join(escape(text) for text in (self.words(now), *self.notes()))
+    self._say()
     if changed & {"orthogonal", "where"}: self._hide_plane()
     elif self.plane_fig is not None:
         with self.plane_fig.batch_update():
             for cross in self.plane_fig.select_traces({"name": "step"}): cross.update(x=[self.state.seg], y=[self.state.risk])
-    if changed & {"row", "where"}: self.work("directions", self._seek_directions(), lambda _: None)
+    if changed & {"row", "where"}: self.work("directions", self._seek_directions(), lambda _: self._say())
 
 # %% ../nbs/82_latent_explorer.ipynb #6ad4c86e
 @patch
-def _seek_directions(self: LatentExplorer) -> Iterator[None]:
-    yield                                                      # the page first
-    yield self.traversal(self.state.row, self.state.where).directions
+def _say(self: LatentExplorer) -> None:
+    self.sentence.value = "<br>".join(escape(text) for text in (self.words(self.decoded()), *self.notes()))
 
 @patch
 def draw_plane(self: LatentExplorer) -> None:

@@ -6,7 +6,8 @@
 __all__ = ['NO_VALUE', 'PARTS', 'RIM', 'MARKS', 'REACH', 'THUMB', 'PLANES', 'colour_choices', 'Paint', 'paint', 'color_bar',
            'map_figure', 'repaint', 'cohort_table', 'as_csv', 'cohort_facts', 'cohort_list', 'angle_edges',
            'cohort_counts', 'cohort_figure', 'redraw_cohort', 'thumbnail', 'near_words', 'grade_bars', 'evidence_range',
-           'evidence_dots', 'redraw_answers', 'step_words', 'as_cells', 'plane_figure', 'redraw_plane', 'in_rows']
+           'evidence_dots', 'redraw_answers', 'step_words', 'as_cells', 'plane_figure', 'redraw_plane', 'in_rows',
+           'with_words']
 
 # %% ../nbs/81_latent_figures.ipynb #5efb6988
 import base64
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
+from textwrap import wrap
 
 # %% ../nbs/81_latent_figures.ipynb #9a5b6abe
 import numpy as np
@@ -246,13 +248,16 @@ def redraw_answers(fig: go.Figure, axis: str, start: np.ndarray, now: np.ndarray
         if axis == "x" and (ends := evidence_range(start, now)) != list(fig.layout.xaxis.range): fig.layout.xaxis.range = ends
 
 # %% ../nbs/81_latent_figures.ipynb #70342732
-def step_words(t: Traversal, now: Decoded, grades: Sequence[str], where: str) -> str:
-    "A step in one sentence."
-    before, after = (grades[int(d.grade[0])] for d in (t.at_start, now))
+def step_words(t: Traversal, now: Decoded, run: OpenRun) -> str:
+    "A step in words, by the tasks that the network was trained on."
+    before, after = (run.scale.grades[int(d.grade[0])] for d in (t.at_start, now))
     loss = lambda name: "{:.2f} → {:.2f}".format(*(float(getattr(d.losses, name)) for d in (t.at_start, now)))
-    angle = "" if "directions" not in t.__dict__ else f" Angle of the directions {np.degrees(np.arccos(np.clip(t.cosine, -1, 1))):.1f}° ({where})."
-    return (f"Dice to the start {float(now.dice):.3f}. Segmentation loss {loss('seg')}, grade loss {loss('risk')}, "
-            f"predicted grade {before} → {after}.{angle}")
+    said = []
+    if "seg" in run.tasks: said.append(f"Dice to the start {float(now.dice):.3f}, segmentation loss {loss('seg')}.")
+    if "risk" in run.tasks: said.append(f"Grade loss {loss('risk')}, predicted grade {before} → {after}.")
+    if {"seg", "risk"} <= set(run.tasks) and "directions" in t.__dict__:            # as soon as they are known
+        said.append(f"Angle of the directions {np.degrees(np.arccos(np.clip(t.cosine, -1, 1))):.1f}° ({t.where}).")
+    return " ".join(said)
 
 # %% ../nbs/81_latent_figures.ipynb #e3af90e5
 PLANES = {"loss_seg": "segmentation loss", "loss_risk": "grade loss", "dice": "Dice to the start"}
@@ -328,3 +333,12 @@ def in_rows(rows: Sequence[Sequence[tuple[str, go.Figure]]], heights: Sequence[i
                                  showarrow=False, font_size=13)
         top -= tall
     return whole.update_xaxes(title_standoff=4)
+
+# %% ../nbs/81_latent_figures.ipynb #6c9f2c4c
+def with_words(fig: go.Figure, text: str, letters: int = 160) -> go.Figure:
+    "A figure over a text, wrapped to so many letters a line; it grows by what the text needs."
+    lines = wrap(text, letters)
+    room, needed = fig.layout.margin.b, 10 + 17 * len(lines)
+    fig.add_annotation(text="<br>".join(map(as_text, lines)), xref="paper", yref="paper", x=0.02, y=0, yshift=-room, xanchor="left", yanchor="top",
+                       align="left", showarrow=False, font=dict(size=12, color=GREY))
+    return fig.update_layout(height=fig.layout.height + needed, margin_b=room + needed)

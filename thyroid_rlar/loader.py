@@ -10,8 +10,10 @@ __all__ = ['IMAGE_SIZE', 'FLAGS', 'IN_MEMORY', 'MISSING_GRADE', 'Placement', 'pl
 # %% ../nbs/20_loader.ipynb #003
 import hashlib
 import json
+import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 # %% ../nbs/20_loader.ipynb #005
-from .files import DataError, cache_folder, code_digest, digest, inside, read_whole, write_text, write_whole
+from .files import MAX_TEXT, DataError, cache_folder, check_size, code_digest, digest, inside, read_whole, write_text, write_whole
 from .records import Manifest
 from .sector import Sector, clean_image, find_sector, straddles
 
@@ -143,6 +145,13 @@ def _read_arrays(path: Path) -> np.ndarray:
     arrays.setflags(write=False)
     return arrays
 
+def _clear_killed(folder: Path) -> None:
+    "Remove what preparations began to write that were killed; one at work has written within the hour."
+    for part in folder.glob(".part-*"):
+        with suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > 3600: part.unlink()
+
+# %% ../nbs/20_loader.ipynb #acd37311
 def prepare(
     manifest: Manifest,
     size: tuple[int, int] = IMAGE_SIZE,       # (height, width), multiples of 32
@@ -159,6 +168,8 @@ def prepare(
         write_whole(folder / "arrays.npy", lambda part: np.save(part, np.stack([d[0] for d in done])))
         index = [{"has_mask": d[2], "flags": sorted(d[3]), **asdict(d[1])} for d in done]
         write_text(folder / "index.json", json.dumps(index))        # last: its presence says the arrays are whole
+        _clear_killed(folder)
+    check_size(folder / "index.json", max(MAX_TEXT, 1000 * len(manifest)))
     try: index, arrays = read_whole(folder / "index.json", _read_index), read_whole(folder / "arrays.npy", _read_arrays)
     except DataError as e:
         if e.field not in ("content", "file"): raise                # a disk that fails, say

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .files import DataError, read_json, read_whole, write_text, write_whole
+from .files import DataError, checked_weights, read_json, read_whole, write_text, write_whole
 
 # %% ../nbs/30_network.ipynb #007
 NETWORKS = ("shared_map", "unet", "smp_unet")
@@ -396,5 +396,5 @@ def load_model(folder: str | Path) -> tuple[MultitaskNet, dict]:
     info = read_json(about, "network")
     try: net = MultitaskNet(recorded_network(info["network"]), pretrained="none")
     except (AttributeError, KeyError, TypeError, ValueError) as e: raise DataError(about, "network", e, "the settings of a network of ours") from e
-    read_whole(weights, lambda p: net.load_state_dict(load_file(p)))
+    read_whole(weights, lambda p: net.load_state_dict(load_file(checked_weights(p))))
     return net.eval().to(memory_format=torch.channels_last), info

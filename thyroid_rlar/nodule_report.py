@@ -27,7 +27,7 @@ from .evaluation import probability_columns
 from .explorers import nodule_facts
 from .figures import NOTICE, ORANGE, PURPLE, SKY, outline, png_address
 from .files import write_text
-from .opened import OpenRun
+from .opened import OpenRun, measured_evidence
 from .radiomics import EVIDENCE, NAMES, measure
 from .sector import find_sector
 from .tirads import ACR, Scale
@@ -80,10 +80,11 @@ def _measured(image: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, s
 def evidence_of(run: OpenRun, row: int) -> tuple[pd.DataFrame, dict[str, str]]:
     """A row an item: descriptor, meaning, unit, value and percentile for each of `WAYS`, q05 to q95 of the data set, n of its images;
     and why a way has no values or lacks some."""
-    prepared, evidence = run.data.prepared, run.data.evidence
-    known = run.scaler.inverse(evidence) if run.scaler else np.full((len(evidence), len(EVIDENCE)), np.nan)     # a run put together by hand has none
-    image, mask = prepared.manifest.load(row)
-    found = {"reader": _measured(image, mask), "contour": _measured(image, prepared.placements[row].restore(run.predicted(row)) >= 0.5)}
+    prepared = run.data.prepared
+    known, (image, mask) = measured_evidence(prepared.manifest), prepared.manifest.load(row)
+    own = prepared.placements[row].restore(run.predicted(row)) >= 0.5
+    nobody = np.full(len(NAMES), np.nan), "the model was not trained on contours"
+    found = {"reader": _measured(image, mask), "contour": _measured(image, own) if "seg" in run.tasks else nobody}
     r = run.table.loc[row]
     predicted = np.array([r.get(f"predicted_{item.name}", np.nan) for item in EVIDENCE], float)
     found["model"] = predicted, "" if np.isfinite(predicted).all() else "the model was not trained on evidence"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['predict_batch', 'Predictions', 'predict', 'evidence_fit', 'evidence_r2', 'evidence_table', 'run_metrics',
-           'gallery_items', 'EvaluationSettings', 'TrainedRun', 'check_evaluation', 'check_info', 'load_run', 'unseen',
-           'tasks_on', 'open_evaluation']
+           'gallery_items', 'EvaluationSettings', 'TrainedRun', 'check_evaluation', 'check_info', 'load_run',
+           'known_again', 'unseen', 'tasks_on', 'open_evaluation']
 
 # %% ../nbs/64_predictions.ipynb #003
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,8 @@ import torch
 from .evaluation import SEGMENTATION, evaluate, median_grade, per_image_segmentation, probability_columns
 from .files import DataError, inside, read_run_table, resolve
 from .intervals import bootstrap, ratio
-from .loader import NoduleData, eval_loader, prepare
+from .leakage import NEAR, distances, hash_images, hash_of_text
+from .loader import NoduleData, Prepared, eval_loader, prepare
 from .network import MultitaskNet, load_model
 from .objectives import TASKS
 from .parameters import CHOICES, ParameterError, RunSettings, read_size, typed_parameters
@@ -130,7 +131,7 @@ class TrainedRun:
     net: MultitaskNet
     info: dict
     settings: RunSettings
-    split: pd.DataFrame             # image_id, case_id, group, split, digest of the run's own images
+    split: pd.DataFrame             # of the run's own images, see `split_table`
 
 # %% ../nbs/64_predictions.ipynb #017
 def check_evaluation(values: Mapping[str, object]) -> EvaluationSettings:
@@ -166,14 +167,29 @@ def load_run(folder: str | Path) -> TrainedRun:
     split = read_run_table(path := Path(folder) / "split.parquet", "image_id", "case_id", "group", "split", "digest")
     if unknown := sorted(set(split.split) - {"train", "val", "test", ""}):
         raise DataError(path, "column split", f"{unknown[0]!r:.60}", "train, val, test or nothing")
+    try: hash_of_text(split.get("look", ()))
+    except ValueError as e: raise DataError(path, "column look", e, "what train.ipynb writes") from e
     return TrainedRun(net, info, recorded_settings(folder), split)
 
 # %% ../nbs/64_predictions.ipynb #018
-def unseen(manifest: Manifest, split: pd.DataFrame) -> np.ndarray:
-    "(N,) bool: images that share neither file nor case group with one that the run was trained or chosen on."
-    trained_on = set(split.digest[split.split.isin(["train", "val"])])
-    seen = np.array([digest in trained_on for digest in image_digests(manifest)])
-    return ~manifest.rows.group.isin(set(manifest.rows.group[seen])).to_numpy()
+def known_again(prepared: Prepared, split: pd.DataFrame) -> np.ndarray:
+    "(N,) int: the row of a run's `split_table` with the same file as each image, or else with nearly the same picture; -1 where there is none."
+    place = {digest: k for k, digest in enumerate(split.digest)}
+    found = np.array([place.get(digest, -1) for digest in image_digests(prepared.manifest)], int)
+    if "look" not in split or not len(split): return found                 # a run of before it was kept
+    looks, left = hash_of_text(split.look), np.flatnonzero(found < 0)
+    left = left[[np.std(prepared.arrays[row, 0]) >= 1 for row in left]] if len(left) else left       # black pictures are all alike
+    for rows in np.array_split(left, len(left) // 1000 + 1):
+        between = distances(hash_images(prepared, rows), looks)
+        nearest = between.argmin(1)
+        found[rows] = np.where(between[np.arange(len(rows)), nearest] <= NEAR + 1e-6, nearest, -1)
+    return found
+
+def unseen(prepared: Prepared, split: pd.DataFrame) -> np.ndarray:
+    "(N,) bool: images that share neither picture nor case group with one that the run was trained or chosen on; see `known_again`."
+    found, rows = known_again(prepared, split), prepared.manifest.rows
+    seen = np.append(split.split.isin(["train", "val"]), False)[found]
+    return ~rows.group.isin(set(rows.group[seen])).to_numpy()
 
 def _describe(part: str, fresh: np.ndarray) -> str:
     "A sentence on the images that are reported."
@@ -205,11 +221,14 @@ def open_evaluation(e: EvaluationSettings, trained: TrainedRun, progress: bool =
         raise DataError(error.file, "folder", error.found, f"{error.expected}; {moved}") from error
     if manifest.scale.name != info["scale"] and "seg" not in info["tasks"]:
         raise ParameterError(f"source: grades on scale {manifest.scale.name!r}, the model was trained on {info['scale']!r}; scales are never mapped")
-    with preparing(manifest.root): fresh = unseen(manifest, trained.split)
+    with preparing(manifest.root):
+        prepared = prepare(manifest, tuple(info["image_size"]), progress=progress)
+        fresh = unseen(prepared, trained.split)
     rows = np.arange(len(manifest)) if e.part == "all" else np.flatnonzero(fresh)
     if not len(rows): raise ParameterError("part: the run was trained on all of these images or their cases; expected another source, or part all")
     with preparing(manifest.root):
-        prepared = prepare(manifest, tuple(info["image_size"]), progress=progress)
         measured = measure_manifest(manifest, progress=progress)
     evidence = EvidenceScaler.from_dict(info["scaler"]).transform(measured[info["evidence"]].to_numpy(float))
-    return NoduleData(prepared, evidence), rows, _describe(e.part, fresh) + _scale_note(manifest.scale.name, info)
+    note = _scale_note(manifest.scale.name, info)
+    if "look" not in trained.split: note += " Images were known by their files alone: this run is of before their pictures were kept."
+    return NoduleData(prepared, evidence), rows, _describe(e.part, fresh) + note

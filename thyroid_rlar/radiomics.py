@@ -235,7 +235,8 @@ def measure(image: np.ndarray, # uint8 (H, W), cropped to the sector box
     image, mask, valid = _resample(image, mask, valid)
     parts = _parts(mask)
     if not parts:
-        return _unmeasured(f"nodule of {mask.sum()} pixels at {N_PIXELS} an image; {MIN_AREA} needed" if mask.any() else "empty mask")
+        least = f"no part of {MIN_AREA} pixels and {MIN_EXTENT} across, which are needed, among the nodule's {mask.sum()} (at {N_PIXELS:,} an image)"
+        return _unmeasured(least if mask.any() else "empty mask")
     rows = np.array([_measure_part(_region(image, part, mask & ~part, valid)) for part in parts])
     area = np.isfinite(rows) * np.array([[part.sum()] for part in parts])
     values = (np.nan_to_num(rows) * area).sum(0) / np.where(area.any(0), area.sum(0), np.nan)

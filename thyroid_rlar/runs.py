@@ -42,7 +42,7 @@ from thyroid_rlar.files import (
     write_whole,
 )
 from .folder import read_folder
-from .leakage import check_scaler, check_split_leaks
+from .leakage import check_scaler, check_split_leaks, hash_images, hash_text
 from .loader import MISSING_GRADE, NoduleData, Prepared, Split, make_split, prepare
 from .network import MultitaskNet, NetworkSettings
 from .objectives import TASKS, Objective
@@ -71,6 +71,8 @@ def recorded_settings(folder: str | Path) -> RunSettings:
 def changed_parameters(s: RunSettings, folder: Path) -> list[str]:
     "How the parameters differ from those of the run in the folder, leaving out what changes no result."
     before, now = asdict(recorded_settings(folder)), asdict(s)
+    for p in (before, now): p["data_dir"] = p["data_dir"] and str(resolve(p["data_dir"]))       # the same folder, however it is spelled
+    if s.resume and s.source != "phantom": now["data_dir"] = before["data_dir"]     # it may have moved: `check_split` knows the data again
     return [f"{k} (was {before[k]!r}, now {v!r})" for k, v in now.items() if k not in WITHOUT_EFFECT and before[k] != v]
 
 def _check_folder(s: RunSettings, folder: Path) -> None:
@@ -93,7 +95,7 @@ def run_folder(s: RunSettings) -> Path:
     "The run's folder, made if needed and kept by `hold`, its content untouched. ParameterError when it is another run's, DataError when in use."
     folder = folder_of(s)
     _check_folder(s, folder)
-    remove(write_text(folder / ".can-be-written", ""))      # said now, and not after the data have been measured
+    remove(write_text(folder / ".can-be-written", "x"))      # said now, and not after the data have been measured
     if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1": hold(folder)     # the first of several keeps it for all
     _check_folder(s, folder)                                # again: another run may have come and gone meanwhile
     return folder
@@ -137,7 +139,10 @@ def _open_source(s: RunSettings, progress: bool) -> Manifest:
     if s.source == "ddti": return one_reader(read_ddti(resolve(s.data_dir)), s.reader)
     if s.source == "folder": return one_reader(read_folder(resolve(s.data_dir)), s.reader)
     folder = resolve(s.data_dir or f"cache/phantom-{s.phantom_images}-{code_digest('bmode', 'neck', 'phantom')}")
-    if not (folder / "labels.csv").exists(): write_phantoms(folder, s.phantom_images, progress=progress)
+    if not (folder / "labels.csv").exists():
+        try: write_phantoms(folder, s.phantom_images, progress=progress)
+        except DataError:
+            if not (folder / "labels.csv").exists(): raise          # else another run has made the same ones meanwhile
     phantoms = one_reader(read_folder(folder), s.reader)
     if (n := len(phantoms) + len(phantoms.left_out)) != s.phantom_images:
         raise ParameterError(f"data_dir: {folder} holds {n} images and not {s.phantom_images} phantoms; expected another folder, or source folder")
@@ -215,24 +220,27 @@ def trained_tasks(objective: Objective, run: RunData) -> list[str]:
     for t in set(asked) - set(tasks): warnings.warn(f"no training image has {what[t]}: that task is not trained and not reported", stacklevel=2)
     return tasks
 
+# %% ../nbs/55_runs.ipynb #8ee5c4c3
 def image_digests(manifest: Manifest) -> list[str]:
     "Each row's fingerprint of its image file, by which an image is known again under whatever name."
     return [digest(inside(manifest.root, path)) for path in manifest.rows.image]
 
 def split_table(run: RunData) -> pd.DataFrame:
-    "A row per image: image_id, case_id, group, its part of the split, its file's fingerprint, by which it is known again, and its labels'."
+    "A row per image: ids, its part of the split, its file's fingerprint and `image_hash`, by which it is known again, and its labels' fingerprint."
     m = run.manifest
     part = np.full(len(m), "", object)
     for name in ("train", "val", "test"): part[getattr(run.split, name)] = name
     labels = zip(m.rows["mask"], m.rows.contours, run.data.grades)
     labels = [json.dumps([mask and digest(inside(m.root, mask)), contours, int(grade)]) for mask, contours, grade in labels]
     return m.rows[["image_id", "case_id", "group"]].assign(split=part, digest=image_digests(m),
+                                                           look=hash_text(hash_images(run.data.prepared, np.arange(len(m)))),
                                                            labels=[fingerprint(text.encode())[:16] for text in labels])
 
 def check_split(split: pd.DataFrame, folder: Path) -> None:
     "Raise ParameterError when images, labels, cases or parts of a `split_table` differ from those that the run in the folder trained on."
     path = folder / "split.parquet"
-    before = read_run_table(path)
+    before = read_run_table(path).drop(columns="look", errors="ignore")
+    split = split.drop(columns="look", errors="ignore")          # of the same files it is the same, but for another library's rounding
     if "labels" not in before: split = split.drop(columns="labels")      # a run of before they were kept
     if split.astype(str).equals(before.astype(str)): return      # a file does not keep every type of column
     raise ParameterError(f"the images, their labels, cases or split are not those of {path}, so the weights may have seen what is to be reported; "
