@@ -151,6 +151,18 @@ def test_tiff_fractions_and_further_lists_are_counted(tmp_path):
     with Cost(): assert read_gray(path).shape == (20, 20)
 
 
+def test_a_png_part_longer_than_its_file_asks_for_no_memory(tmp_path):
+    "Found by the fuzz: Pillow reads what is left of a part at once, and asks the memory for as much as it says."
+    file = io.BytesIO()
+    Image.effect_noise((400, 300), 40).save(file, "PNG")
+    data = bytearray(file.getvalue())
+    at = data.index(b"IDAT")
+    data[at - 4:at] = struct.pack(">I", 2**31 - 1)
+    (tmp_path / "a.png").write_bytes(data)
+    for look in (examine, read_gray):
+        with Cost(), pytest.raises(DataError, match="a part of 2,147,483,647 bytes"): look(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("marker", [b"\xff\xe1", b"\xff\xed"])
 def test_a_jpeg_of_long_segments_is_refused_at_once(tmp_path, marker):
     "Pillow puts EXIF together segment by segment, and copies what it has each time: a thousand took half a minute."

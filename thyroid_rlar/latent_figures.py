@@ -27,7 +27,7 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 # %% ../nbs/81_latent_figures.ipynb #d67e21ef
-from .figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, TEMPLATE, VERMILLION, as_text, png_address
+from .figures import BLUE, GREEN, GREY, NOTICE, ORANGE, PURPLE, SKY, TEMPLATE, VERMILLION, as_text, png_address
 from .files import no_formula
 from .intervals import bootstrap, weighted_mean
 from .latent import Decoded, LatentMap, Plane, Traversal
@@ -189,7 +189,7 @@ def cohort_figure(run: OpenRun, rows: Sequence[int]) -> go.Figure:
     hover = "reader %{y}, model %{x}: %{z}<extra></extra>"
     fig.add_heatmap(x=names, y=names, z=counts, text=counts, texttemplate="%{text}", hovertemplate=hover, row=1, col=1, **style)
     style = dict(width=0.9 * np.diff(edges), marker_color=BLUE, hovertemplate="%{x:.1f}°: %{y}<extra></extra>")
-    fig.add_bar(x=(edges[1:] + edges[:-1]) / 2, y=angles, row=1, col=2, **style)
+    fig.add_bar(x=(edges[1:] + edges[:-1]) / 2, y=angles, row=1, col=2, showlegend=False, **style)
     fig.update_xaxes(title_text="model", type="category", range=[-0.5, len(names) - 0.5], row=1, col=1)
     fig.update_yaxes(title_text="reader", type="category", range=[len(names) - 0.5, -0.5], row=1, col=1)
     fig.update_xaxes(title_text="task angle (degrees)", range=edges[[0, -1]], row=1, col=2)
@@ -336,8 +336,8 @@ def in_rows(rows: Sequence[Sequence[tuple[str, go.Figure]]], heights: Sequence[i
 
 # %% ../nbs/81_latent_figures.ipynb #6c9f2c4c
 def with_words(fig: go.Figure, text: str, letters: int = 160) -> go.Figure:
-    "A figure over a text, wrapped to so many letters a line; it grows by what the text needs."
-    lines = wrap(text, letters)
+    "A figure over a text, wrapped to so many letters a line, and the notice of every prediction; it grows by what they need."
+    lines = [*wrap(text, letters), *wrap(NOTICE, letters)]
     room, needed = fig.layout.margin.b, 10 + 17 * len(lines)
     fig.add_annotation(text="<br>".join(map(as_text, lines)), xref="paper", yref="paper", x=0.02, y=0, yshift=-room, xanchor="left", yanchor="top",
                        align="left", showarrow=False, font=dict(size=12, color=GREY))
