@@ -107,7 +107,6 @@ def _check_tags(path: Path, file: BinaryIO) -> None:
 # %% ../nbs/04_images.ipynb #817f71f1
 def _check_parts(path: Path, file: BinaryIO) -> None:
     "DataError for a PNG or JPEG of too many or too long parts before its pixels, and for a BMP of run lengths."
-    size = file.seek(0, os.SEEK_END)
     file.seek(0)
     start = file.read(34)
     if start[:2] == b"BM" and start[30:31] in (b"\1", b"\2"): raise DataError(path, "compression", "run lengths", "a BMP without")
@@ -117,8 +116,8 @@ def _check_parts(path: Path, file: BinaryIO) -> None:
         file.seek(at)
         head = file.read(8 if png else 4)
         if len(head) < 4 or head[4:] == b"IEND" or jpeg and (head[0] != 0xFF or head[1] == 0xDA): return
-        if png and (long := int.from_bytes(head[:4], "big")) > size:       # Pillow would ask the memory for it
-            raise DataError(path, "content", f"a part of {long:,} bytes in a file of {size:,}", "a whole image")
+        if png and (long := int.from_bytes(head[:4], "big")) > MAX_BYTES:      # Pillow would ask the memory for it, whether or not it is there
+            raise DataError(path, "content", f"a part of {long:,} bytes", f"at most {MAX_BYTES:,}")
         if png: at += 12 + long
         else: at += 1 if head[1] in (0x00, 0xFF) else 2 + max(2, int.from_bytes(head[2:], "big"))
         parts += 1
