@@ -167,17 +167,17 @@ def is_dicom(path: Path) -> bool:
 _OF_PIXELS = ("PhotometricInterpretation", "Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "PixelRepresentation",
               "PlanarConfiguration", "NumberOfFrames")
 
-def _check_first_jpeg(path: Path, frames: int) -> None:
-    "DataError for DICOM whose first frame, found as pydicom finds it, is a JPEG that keeps a decoder busy."
+def _check_first_jpeg(path: Path, head: Mapping) -> None:
+    "DataError for DICOM of this head whose first frame, found as pydicom finds it, is a JPEG that keeps a decoder busy."
     from pydicom import dcmread
     from pydicom.encaps import get_frame
     from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit
+    if head.file_meta.get("TransferSyntaxUID") not in (JPEGBaseline8Bit, JPEGExtended12Bit): return
     with _Bounded(path) as file:
-        head = dcmread(file, stop_before_pixels=True, specific_tags=["ExtendedOffsetTable"])
-        if head.file_meta.get("TransferSyntaxUID") not in (JPEGBaseline8Bit, JPEGExtended12Bit): return
-        if "ExtendedOffsetTable" in head: raise DataError(path, "ExtendedOffsetTable", "one", "none, as in files of less than 4 GB")
+        if "ExtendedOffsetTable" in dcmread(file, stop_before_pixels=True, specific_tags=["ExtendedOffsetTable"]):
+            raise DataError(path, "ExtendedOffsetTable", "one", "none, as in files of less than 4 GB")
         file.seek(12, os.SEEK_CUR)                         # the pixels' own head
-        frame = get_frame(file, 0, number_of_frames=frames)
+        frame = get_frame(file, 0, number_of_frames=max(1, int(head.get("NumberOfFrames") or 1)))
     _check_parts(path, io.BytesIO(frame)), _check_scans(path, frame)
 
 def _dicom_frame(path: Path) -> np.ndarray:
@@ -186,7 +186,7 @@ def _dicom_frame(path: Path) -> np.ndarray:
     head = dicom_head(path, *_OF_PIXELS)
     kind = head.PhotometricInterpretation
     _check_size(path, (head.Rows, head.Columns))
-    _check_first_jpeg(path, max(1, int(head.get("NumberOfFrames") or 1)))
+    _check_first_jpeg(path, head)
     if kind == "PALETTE COLOR": raise DataError(path, "PhotometricInterpretation", kind, "MONOCHROME1, MONOCHROME2, RGB or YBR")
     with _Bounded(path) as file: frame = pixel_array(file, index=0)      # pydicom turns YBR into RGB by itself
     if frame.ndim == 3 and frame.dtype != np.uint8: raise DataError(path, "BitsAllocated", frame.dtype, "8 bits a colour")

@@ -342,17 +342,17 @@ def _show_step(self: LatentExplorer, changed: set[str]) -> None:
     p_start, p_now, e_start, e_now = self.answers(now)
     if self.grade_fig is not None: redraw_answers(self.grade_fig, "y", p_start, p_now)
     if self.evidence_fig is not None: redraw_answers(self.evidence_fig, "x", e_start, e_now)
-    self._say()
+    self._say(now)
     if changed & {"orthogonal", "where"}: self._hide_plane()
     elif self.plane_fig is not None:
         with self.plane_fig.batch_update():
             for cross in self.plane_fig.select_traces({"name": "step"}): cross.update(x=[self.state.seg], y=[self.state.risk])
-    if changed & {"row", "where"}: self.work("directions", self._seek_directions(), lambda _: self._say())
+    if changed & {"row", "where"}: self.work("directions", self._seek_directions(), lambda _: self._say(self.decoded()))
 
 # %% ../nbs/82_latent_explorer.ipynb #6ad4c86e
 @patch
-def _say(self: LatentExplorer) -> None:
-    self.sentence.value = "<br>".join(escape(text) for text in (self.words(self.decoded()), *self.notes()))
+def _say(self: LatentExplorer, now: Decoded) -> None:
+    self.sentence.value = "<br>".join(escape(text) for text in (self.words(now), *self.notes()))
 
 @patch
 def draw_plane(self: LatentExplorer) -> None:

@@ -27,7 +27,7 @@ from .evaluation import probability_columns
 from .explorers import nodule_facts
 from .figures import NOTICE, ORANGE, PURPLE, SKY, outline, png_address
 from .files import write_text
-from .opened import OpenRun, measured_evidence
+from .opened import OpenRun
 from .radiomics import EVIDENCE, NAMES, measure
 from .sector import find_sector
 from .tirads import ACR, Scale
@@ -81,7 +81,7 @@ def evidence_of(run: OpenRun, row: int) -> tuple[pd.DataFrame, dict[str, str]]:
     """A row an item: descriptor, meaning, unit, value and percentile for each of `WAYS`, q05 to q95 of the data set, n of its images;
     and why a way has no values or lacks some."""
     prepared = run.data.prepared
-    known, (image, mask) = measured_evidence(prepared.manifest), prepared.manifest.load(row)
+    known, (image, mask) = run.measured, prepared.manifest.load(row)
     own = prepared.placements[row].restore(run.predicted(row)) >= 0.5
     nobody = np.full(len(NAMES), np.nan), "the model was not trained on contours"
     found = {"reader": _measured(image, mask), "contour": _measured(image, own) if "seg" in run.tasks else nobody}

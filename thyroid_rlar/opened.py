@@ -9,7 +9,7 @@ __all__ = ['OpenRun', 'measured_evidence', 'image_table', 'open_run', 'open_trai
 # %% ../nbs/78_opened.ipynb #63d4ec7a
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 # %% ../nbs/78_opened.ipynb #f4223c4a
@@ -66,6 +66,9 @@ class OpenRun:
         "What this network was not trained on, and what therefore means nothing; empty where it was trained on contours and grades."
         what = {"seg": "contours: the model's contour and the task angle mean nothing", "risk": "grades: the task angle means nothing"}
         return "; ".join(words for task, words in what.items() if task not in self.tasks)
+
+    @cached_property
+    def measured(self) -> np.ndarray: return measured_evidence(self.data.prepared.manifest)         # of the whole data set
 
     @property
     def scale(self) -> Scale: return self.data.prepared.manifest.scale

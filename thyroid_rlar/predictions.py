@@ -22,7 +22,7 @@ import torch
 from .evaluation import SEGMENTATION, evaluate, median_grade, per_image_segmentation, probability_columns
 from .files import DataError, inside, read_run_table, resolve
 from .intervals import bootstrap, ratio
-from .leakage import NEAR, distances, hash_images, hash_of_text
+from .leakage import hash_images, hash_of_text, near_pairs, pictured
 from .loader import NoduleData, Prepared, eval_loader, prepare
 from .network import MultitaskNet, load_model
 from .objectives import TASKS
@@ -177,12 +177,9 @@ def known_again(prepared: Prepared, split: pd.DataFrame) -> np.ndarray:
     place = {digest: k for k, digest in enumerate(split.digest)}
     found = np.array([place.get(digest, -1) for digest in image_digests(prepared.manifest)], int)
     if "look" not in split or not len(split): return found                 # a run of before it was kept
-    looks, left = hash_of_text(split.look), np.flatnonzero(found < 0)
-    left = left[[np.std(prepared.arrays[row, 0]) >= 1 for row in left]] if len(left) else left       # black pictures are all alike
-    for rows in np.array_split(left, len(left) // 1000 + 1):
-        between = distances(hash_images(prepared, rows), looks)
-        nearest = between.argmin(1)
-        found[rows] = np.where(between[np.arange(len(rows)), nearest] <= NEAR + 1e-6, nearest, -1)
+    left = pictured(prepared, np.flatnonzero(found < 0))
+    hashes, n = np.concatenate([hash_images(prepared, left), hash_of_text(split.look)]), len(left)
+    for i, j, _ in reversed(near_pairs(hashes, np.arange(n), np.arange(n, len(hashes)))): found[left[i]] = j - n       # the nearest last
     return found
 
 def unseen(prepared: Prepared, split: pd.DataFrame) -> np.ndarray:
